@@ -253,7 +253,7 @@ class OptimConfig:
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """linear, cosine, wsd: last learning rate as a share of the peak."""
     weight_decay: NonNegative = 0.1
-    """Decoupled decay of matrices (never of norms and biases); ignored by nothing, 0 is none."""
+    """Decoupled decay of matrices, never of norms and biases; 0: none."""
     beta1: Fraction = 0.9
     """First-moment decay (adam, adamw, lion, muon's momentum)."""
     beta2: Fraction = 0.95
@@ -379,8 +379,9 @@ def parse_mesh(text: str) -> dict[str, int]:
         digits = part.strip()[len(axis) :]
         if axis not in MESH_AXES:
             raise UserError(
-                f"mesh={text!r}: {part.strip()!r} is not an axis with a size; write AXISn[,AXISn...]"
-                f" with axes {', '.join(MESH_AXES)}, such as dp4,tp2{nearest(axis, MESH_AXES)}"
+                f"mesh={text!r}: {part.strip()!r} is not an axis and its size; write "
+                f"AXISn[,AXISn...] with axes {', '.join(MESH_AXES)}, such as dp4,tp2"
+                f"{nearest(axis, MESH_AXES)}"
             )
         if axis in named:
             raise UserError(f"mesh={text!r} names axis {axis!r} twice: name it once")

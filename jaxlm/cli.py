@@ -1,0 +1,325 @@
+"""Command lines and YAML files to one checked `Config`; nothing is ignored or guessed.
+
+Layers, later over earlier: the defaults, the preset's model fields, the YAML file, the command
+line. Errors are one sentence with the key, the value and the nearest right one.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from jaxlm.config import Config, ModelConfig
+from jaxlm.errors import NonFiniteError, UserError, nearest
+from jaxlm.presets import PRESETS
+
+EXIT_USER_ERROR, EXIT_NONFINITE, EXIT_PREEMPTED = 2, 3, 75
+
+
+def parse_config(
+    argv: list[str],
+    command: str,
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> tuple[Config, argparse.Namespace]:
+    """The experiment that `argv` asks for, and the command's own arguments.
+
+    `command` is the module's name as the user types it; `add_arguments` adds what only this
+    command takes. Prints and exits for `--help` and `--print_config`. Raises UserError.
+    """
+    parser = _parser(command, description)
+    if add_arguments is not None:
+        add_arguments(parser)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown_argument(unknown[0], parser))
+    arguments = vars(known)
+    path = arguments.pop("config", None)
+    printing = arguments.pop("print_config", False)
+    keys = dict(_leaves(Config))
+    overrides = {}
+    for key in [k for k in arguments if k in keys]:
+        _set(overrides, key, _read_value(key, arguments.pop(key), keys[key]))
+    layers = read_yaml(Path(path)) if path else {}
+    config = build_config(layers, overrides, source=path)
+    if config.out is None:
+        config = dataclasses.replace(config, out=f"runs/{Path(path).stem if path else 'default'}")
+    if printing:
+        print(dump_config(config), end="")
+        sys.exit(0)
+    return config, known
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
+    """Run `main(argv)` as a process: one sentence for a user's mistake, and the exit code."""
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except NonFiniteError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        code = EXIT_NONFINITE
+    except BrokenPipeError:
+        code = 1
+    sys.exit(code or 0)
+
+
+def build_config(file: dict, overrides: dict | None = None, source: str | None = None) -> Config:
+    """Merge a YAML file's mapping and the overrides over the preset, and check the whole.
+
+    Raises UserError, naming `source` for what stands in the file.
+    """
+    overrides = overrides or {}
+    where = f" (in {source})" if source else ""
+    for layer in (file, overrides):
+        if not isinstance(layer.get("model", {}), dict):
+            raise UserError(f"model={layer['model']!r}{where}: give its fields, one a line")
+    in_file, in_line = file.get("model", {}), overrides.get("model", {})
+    default = ModelConfig.__dataclass_fields__["preset"].default
+    preset = in_line.get("preset", in_file.get("preset", default))
+    if preset not in PRESETS:
+        raise UserError(
+            f"model.preset={preset!r} is not known{nearest(str(preset), PRESETS)}"
+            f" (presets: {', '.join(PRESETS)})"
+        )
+    fields = PRESETS[preset] or ModelConfig.__dataclass_fields__.keys() - {"preset"}
+    if in_line.get("preset", in_file.get("preset")) != in_file.get("preset") and set(fields) <= set(
+        in_file
+    ):
+        raise UserError(
+            f"model.preset={preset!r} would have no effect, because {source} sets every field of "
+            "that preset itself: take them out of the file"
+        )
+    merged = _merge(_merge({"model": dict(PRESETS[preset])}, file), overrides)
+    try:
+        return TypeAdapter(Config).validate_python(merged)
+    except ValidationError as error:
+        raise UserError(_sentence(error.errors()[0], where if not overrides else "")) from None
+
+
+def read_config(path: Path) -> Config:
+    """The experiment in a YAML file, such as a run folder's config.yaml. Raises UserError."""
+    return build_config(read_yaml(path), source=str(path))
+
+
+def dump_config(config: Config) -> str:
+    """The experiment as YAML that `read_config` reads back to an equal one."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """Every leaf of the experiment by its dotted key."""
+    return {key: _get(config, key) for key, _ in _leaves(Config)}
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML mapping; empty for an empty file. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = nearest(path.stem, [p.stem for p in path.parent.glob("*.yaml")])
+        raise UserError(f"config file {path} does not exist{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"config file {path} is not valid YAML: {problem}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"config file {path} holds {content!r}: write sections and keys")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with `3e-4` a number and a key given twice an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _dataclass_in(annotation) -> type | None:
+    """The dataclass that an annotation such as `RopeScaling | None` holds."""
+    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    return next((o for o in options if dataclasses.is_dataclass(o)), None)
+
+
+def _is_union(annotation) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every dotted key of a dataclass with its annotation, depth first."""
+    for name, hint in typing.get_type_hints(kind).items():
+        inner = _dataclass_in(hint)
+        # An optional section is a leaf of its own too: `--model.rope_scaling=null`.
+        if inner is None or _is_union(hint):
+            yield prefix + name, hint
+        if inner is not None:
+            yield from _leaves(inner, f"{prefix}{name}.")
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(message)
+
+    parser = Parser(
+        prog=f"python -m {command}",
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
+        usage="%(prog)s [--config=FILE.yaml] [--KEY=VALUE ...]",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file over the defaults")
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the merged experiment as YAML and exit"
+    )
+    sections: dict[str, argparse._ArgumentGroup] = {}
+    for key, hint in _leaves(Config):
+        section, _, _ = key.rpartition(".")
+        if section and section not in sections:
+            sections[section] = parser.add_argument_group(section, _doc(section))
+        group = sections.get(section, parser)
+        group.add_argument(f"--{key}", metavar=_metavar(hint), help=_help(key))
+    return parser
+
+
+def _field(key: str):
+    """The pydantic field behind a dotted key."""
+    kind, *_ = [Config]
+    *sections, name = key.split(".")
+    for section in sections:
+        kind = _dataclass_in(typing.get_type_hints(kind)[section])
+    return kind.__pydantic_fields__[name]
+
+
+def _doc(section: str) -> str:
+    hint = typing.get_type_hints(Config)
+    for name in section.split("."):
+        kind = _dataclass_in(hint[name])
+        hint = typing.get_type_hints(kind)
+    return kind.__doc__.strip()
+
+
+def _help(key: str) -> str:
+    field = _field(key)
+    default = _yaml_inline(field.default)
+    return f"{field.description or 'section'} [{default}]".replace("%", "%%")
+
+
+def _yaml_inline(value) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
+
+
+def _metavar(hint) -> str:
+    """What a value looks like: the choices, or the type's name."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "{" + ",".join(map(str, arguments)) + "}"
+    if _is_union(hint):
+        return _metavar(next(a for a in arguments if a is not type(None)))
+    if origin is tuple:
+        return "LIST"
+    return {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT"}.get(hint, "YAML")
+
+
+def _read_value(key: str, text: str, hint) -> object:
+    """A command-line value: text stays as it is where the field holds text, else it is YAML."""
+    is_text = _metavar(hint) == "TEXT" or _metavar(hint).startswith("{")
+    if is_text or (_metavar(hint) == "LIST" and not text.startswith("[")):
+        return None if text == "null" else text
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--{key}={text!r} is not valid YAML") from None
+
+
+def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> str:
+    name = argument.split("=")[0]
+    options = [option for action in parser._actions for option in action.option_strings]
+    if not name.startswith("-"):
+        return f"argument {argument!r} is not understood: options are written --KEY=VALUE"
+    return f"unknown option {name!r}{nearest(name, options)}"
+
+
+def _sentence(error: dict, where: str) -> str:
+    """One of pydantic's errors as one sentence."""
+    original = error.get("ctx", {}).get("error")
+    if isinstance(original, UserError):
+        return str(original) + where
+    path = [str(part) for part in error["loc"]]
+    keys = [key for key, _ in _leaves(Config)]
+    sections = sorted({k.rpartition(".")[0] for k in keys} - {""})
+    key, value = ".".join(path), error["input"]
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key {key!r}{nearest(key, keys + sections)}{where}"
+    key = key if key in keys else max((k for k in keys if key.startswith(k)), key=len, default=key)
+    if error["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return (
+            f"{key}={value!r} is not one of {', '.join(choices)}{nearest(str(value), choices)}"
+            f"{where}"
+        )
+    wanted = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{key}={value!r} is wrong: it should be {wanted}{where}"
+
+
+def _merge(base: dict, over: dict) -> dict:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _set(tree: dict, key: str, value: object) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[name] = value
+
+
+def _get(config: object, key: str) -> object:
+    for name in key.split("."):
+        config = getattr(config, name, None)
+    return config
+
+
+def _plain(value):
+    """Tuples as lists, which YAML knows."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

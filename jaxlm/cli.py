@@ -6,6 +6,7 @@ line. Errors are one sentence with the key, the value and the nearest right one.
 
 import argparse
 import dataclasses
+import json
 import re
 import sys
 import types
@@ -100,7 +101,8 @@ def build_config(file: dict, overrides: dict | None = None, source: str | None =
         )
     merged = _merge(_merge({"model": dict(PRESETS[preset])}, file), overrides)
     try:
-        return TypeAdapter(Config).validate_python(merged)
+        # As JSON: pydantic's strict mode takes mappings for dataclasses only there.
+        return TypeAdapter(Config).validate_json(json.dumps(merged, default=str))
     except ValidationError as error:
         raise UserError(_sentence(error.errors()[0], where if not overrides else "")) from None
 

@@ -1,0 +1,90 @@
+"""From the text `dp4,tp2` to a `jax.sharding.Mesh` over real or virtual devices."""
+
+import itertools
+import math
+import os
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from jaxlm.config import MESH_AXES, OPEN, format_mesh, parse_mesh
+from jaxlm.errors import UserError
+
+NOT_YET = {"pp": "pipeline", "ep": "expert", "cp": "context"}
+
+
+def make_mesh(text: str = "dp", report: Callable[[str], None] = lambda line: None) -> Mesh:
+    """A mesh with every axis of `MESH_AXES`, those not named in `text` of size 1.
+
+    A machine without accelerators gets as many virtual CPU devices as the mesh asks for, if JAX
+    has not started yet, and `report` is told. Raises UserError where devices and mesh disagree.
+    """
+    sizes = parse_mesh(text)
+    for axis, kind in NOT_YET.items():
+        if sizes[axis] != 1:
+            raise UserError(
+                f"mesh={text!r} asks for {kind} parallelism ({axis}), which this version does not "
+                f"have yet: leave {axis} out and use dp, fsdp and tp"
+            )
+    fixed = math.prod(n for n in sizes.values() if n != OPEN)
+    _provide_cpu_devices(fixed)
+    devices = jax.devices()
+    on_cpu = devices[0].platform == "cpu"
+    open_axis = next((axis for axis, n in sizes.items() if n == OPEN), None)
+    if open_axis and (on_cpu or len(devices) % fixed == 0):
+        sizes[open_axis] = max(1, len(devices) // fixed)
+    total = math.prod(n for n in sizes.values() if n != OPEN)
+    if on_cpu and len(devices) < total:
+        raise UserError(
+            f"mesh={text!r} needs {total} devices, but JAX already started with {len(devices)}: "
+            f"make the mesh before other JAX work, or set JAX_NUM_CPU_DEVICES={total}"
+        )
+    if not on_cpu and (total != len(devices) or (open_axis and sizes[open_axis] == OPEN)):
+        raise UserError(_mismatch(text, sizes, len(devices), devices[0].device_kind))
+    if on_cpu and total > 1:
+        report(f"mesh {format_mesh(sizes)}: {total} virtual CPU devices on {os.cpu_count()} cores")
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 6, devices=devices[:total]
+    )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return mesh.shape["dp"] * mesh.shape["fsdp"]
+
+
+def nearest_meshes(sizes: dict[str, int], devices: int, count: int = 3) -> list[str]:
+    """Meshes over the named axes with `devices` devices in all, those most like `sizes` first."""
+    axes = [axis for axis, n in sizes.items() if n != 1] or ["dp"]
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    fits = [c for c in itertools.product(divisors, repeat=len(axes)) if math.prod(c) == devices]
+
+    def distance(candidate):
+        pairs = zip(candidate, (sizes[axis] for axis in axes), strict=True)
+        return sum(abs(math.log(n / max(wanted, 1))) for n, wanted in pairs)
+
+    best = sorted(fits, key=distance)[:count]
+    return [format_mesh(dict(zip(axes, c, strict=True))) for c in best]
+
+
+def _provide_cpu_devices(count: int) -> None:
+    """Ask for virtual CPU devices. They cost nothing where a GPU turns out to be there."""
+    if count == 1 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    # Too late once JAX has started: make_mesh then counts what there is.
+    if jax.config.jax_num_cpu_devices < count:
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:
+            return
+
+
+def _mismatch(text: str, sizes: dict[str, int], devices: int, kind: str) -> str:
+    product = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n not in (1, OPEN)) or "1"
+    total = math.prod(n for n in sizes.values() if n != OPEN)
+    meshes = " or ".join(f"--mesh={mesh}" for mesh in nearest_meshes(sizes, devices))
+    return (
+        f"mesh={text!r} does not match this machine: {product} = {total}, but there are {devices} "
+        f"devices ({kind}); use {meshes}, or JAX_PLATFORMS=cpu to rehearse on virtual CPU devices"
+    )

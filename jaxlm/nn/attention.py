@@ -1,0 +1,218 @@
+"""Attention: one function, several backends, and the module around it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxlm.config import ModelConfig
+from jaxlm.errors import UserError
+from jaxlm.nn.layers import (
+    ATTENTION_PROBABILITIES,
+    Dense,
+    Dropout,
+    Norm,
+    apply_rope,
+    residual_std,
+)
+from jaxlm.sharding import constrain
+
+MASKED = -1e30  # finite, so that a row that sees nothing gives a uniform softmax, not NaN
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where tokens stand: [B, T] positions within a document, and the document they belong to.
+
+    `segments` None: one document a row, causal by index.
+    """
+
+    positions: jax.Array
+    segments: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Keys and values [B, S, K, H] of one layer, as far as they are known."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def attention(
+    q_btnh,
+    k_bskh,
+    v_bskh,
+    *,
+    queries: Places,
+    keys: Places,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout: Dropout | None = None,
+    dropout_rate: float = 0.0,
+    backend: str = "auto",
+):
+    """Causal attention within documents; returns [B, T, N, H] in the type of `q_btnh`.
+
+    A query sees the keys of its own segment whose position is at most its own and, with
+    `window`, less than `window` before it. Heads are grouped: N is a multiple of K.
+
+    Backends: `plain` is the reference; `xla` and `cudnn` are `jax.nn.dot_product_attention`'s.
+    `auto` takes cuDNN on an NVIDIA GPU where it honours everything asked for, else `plain`.
+    Raises UserError where the named backend cannot mask what it is asked to.
+    """
+    drops = dropout is not None and dropout_rate > 0
+    simple_mask = queries.segments is None and q_btnh.shape[1] == k_bskh.shape[1]
+    fits_cudnn = simple_mask and not softcap and not drops and q_btnh.dtype == jnp.bfloat16
+    if backend == "auto":
+        on_gpu = jax.default_backend() == "gpu"
+        small_heads = q_btnh.shape[-1] <= 128 and q_btnh.shape[-1] % 8 == 0
+        backend = "cudnn" if on_gpu and fits_cudnn and small_heads else "plain"
+    if backend == "cudnn" and not fits_cudnn:
+        raise UserError(
+            "model.attention=cudnn only does causal bfloat16 attention over one document a row, "
+            "and this call has packed documents, a cache, dropout or float32: use "
+            "model.attention=auto"
+        )
+    if backend == "cudnn":
+        return jax.nn.dot_product_attention(
+            q_btnh,
+            k_bskh,
+            v_bskh,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )
+    mask_bts = visible(queries, keys, window)
+    if backend == "xla":
+        return jax.nn.dot_product_attention(
+            q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None], scale=scale, implementation="xla"
+        )
+    return _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, dropout, dropout_rate)
+
+
+def visible(queries: Places, keys: Places, window: int | None):
+    """Boolean mask [B, T, S]: which keys a query sees."""
+    distance = queries.positions[:, :, None] - keys.positions[:, None, :]
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    if queries.segments is not None:
+        mask &= queries.segments[:, :, None] == keys.segments[:, None, :]
+    return mask
+
+
+def _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, dropout, dropout_rate):
+    """The reference: scores and softmax in float32."""
+    batch, length, heads, head_dim = q_btnh.shape
+    kv_heads = k_bskh.shape[2]
+    q_btkgh = q_btnh.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores_bkgts = jnp.einsum(
+        "btkgh,bskh->bkgts", q_btkgh, k_bskh, preferred_element_type=jnp.float32
+    )
+    scores_bkgts = scores_bkgts * scale
+    if softcap is not None:
+        scores_bkgts = softcap * jnp.tanh(scores_bkgts / softcap)
+    scores_bkgts = jnp.where(mask_bts[:, None, None], scores_bkgts, MASKED)
+    weights_bkgts = jax.nn.softmax(scores_bkgts, axis=-1)
+    if dropout is not None:
+        weights_bkgts = dropout(weights_bkgts, dropout_rate, ATTENTION_PROBABILITIES)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights_bkgts.astype(v_bskh.dtype), v_bskh)
+    return out.reshape(batch, length, heads, head_dim)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention (Ainslie et al., 2023) with rotary positions and a cache."""
+
+    config: ModelConfig
+    local: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x_btd,
+        *,
+        places: Places,
+        angles,
+        dropout: Dropout | None = None,
+        cache: LayerCache | None = None,
+        slot=None,
+        cached: Places | None = None,
+    ):
+        """Attend among the tokens given or, with `cache`, to all it holds.
+
+        The new keys and values are written from index `slot` on; `cached` says where the cache's
+        S entries stand, the new ones included. Returns ([B, T, D], the cache written to).
+        """
+        c = self.config
+        q, k, v = (self._project(name, x_btd) for name in "qkv")
+        if c.qk_norm:
+            q, k = (
+                Norm("rmsnorm", c.norm_eps, c.norm_offset, axis=None, name=name)(x)
+                for name, x in (("q_norm", q), ("k_norm", k))
+            )
+        if angles is not None:
+            q, k = apply_rope(q, angles), apply_rope(k, angles)
+        keys = places
+        if cache is not None:
+            cache = LayerCache(
+                k=constrain_cache(_write(cache.k, k, slot)),
+                v=constrain_cache(_write(cache.v, v, slot)),
+            )
+            k, v, keys = cache.k.astype(self.dtype), cache.v.astype(self.dtype), cached
+        out_btnh = attention(
+            q,
+            k,
+            v,
+            queries=places,
+            keys=keys,
+            scale=c.attention_scale or c.head_size**-0.5,
+            window=c.sliding_window if self.local else None,
+            softcap=c.attention_softcap,
+            dropout=dropout,
+            dropout_rate=c.attention_dropout,
+            backend=c.attention,
+        )
+        out_btnh = constrain(out_btnh, "batch", "length", "heads", None)
+        y_btd = Dense(
+            (c.d_model,),
+            ("heads", None, "embed"),
+            self.dtype,
+            c.init_mean,
+            residual_std(c),
+            c.out_bias,
+            num_in=2,
+            name="out",
+        )(out_btnh)
+        return y_btd, cache
+
+    def _project(self, name: str, x_btd):
+        c = self.config
+        heads, axis = (c.num_heads, "heads") if name == "q" else (c.kv_heads, "kv_heads")
+        y = Dense(
+            (heads, c.head_size),
+            ("embed", axis, None),
+            self.dtype,
+            c.init_mean,
+            c.init_std,
+            c.qkv_bias,
+            name=name,
+        )(x_btd)
+        return constrain(y, "batch", "length", axis, None)
+
+
+def constrain_cache(x_bskh):
+    """Lay a layer's cache out: rows over data axes, heads over tp."""
+    return constrain(x_bskh, "batch", None, "kv_heads", None)
+
+
+def _write(cache_bskh, new_btkh, slot):
+    return jax.lax.dynamic_update_slice(
+        cache_bskh, new_btkh.astype(cache_bskh.dtype), (0, slot, 0, 0)
+    )

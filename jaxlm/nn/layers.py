@@ -1,0 +1,195 @@
+"""The small modules: projections, normalisation, embeddings, rotary positions, dropout."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxlm.config import ModelConfig, RopeScaling
+from jaxlm.sharding import constrain, with_axes
+
+# Dropout's sites in a block: each draws its own mask.
+EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT = range(4)
+
+
+class Dense(nn.Module):
+    """A linear map over the last `num_in` dimensions of its input; the kernel is [*in, *out]."""
+
+    out_shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    """Logical axes of the kernel."""
+    dtype: jnp.dtype
+    init_mean: float
+    init_std: float
+    use_bias: bool = False
+    num_in: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        in_shape = x.shape[x.ndim - self.num_in :]
+        init = gaussian(self.init_mean, self.init_std)
+        kernel = self.param("kernel", with_axes(init, self.axes), in_shape + self.out_shape)
+        contract = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
+        )
+        if self.use_bias:
+            zeros = with_axes(nn.initializers.zeros_init(), self.axes[self.num_in :])
+            bias = self.param("bias", zeros, self.out_shape).astype(self.dtype)
+            y = y + jnp.broadcast_to(bias, y.shape)
+        return y
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich, 2019) or LayerNorm (Ba et al., 2016) of the last dimension.
+
+    Computed in float32, returned in the input's type. The RMSNorm scale is stored less
+    `offset`, so that checkpoints of families that do so round-trip.
+    """
+
+    kind: str
+    eps: float
+    offset: float = 0.0
+    use_bias: bool = False
+    axis: str | None = "embed"
+
+    @nn.compact
+    def __call__(self, x):
+        offset = self.offset if self.kind == "rmsnorm" else 0.0
+        shape = x.shape[-1:]
+        ones = with_axes(nn.initializers.constant(1.0 - offset), (self.axis,))
+        scale = self.param("scale", ones, shape) + offset
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        y = y * jnp.broadcast_to(scale, y.shape)
+        if self.use_bias:
+            zeros = with_axes(nn.initializers.zeros_init(), (self.axis,))
+            y = y + jnp.broadcast_to(self.param("bias", zeros, shape), y.shape)
+        return y.astype(x.dtype)
+
+
+def residual_norm(config: ModelConfig, name: str) -> Norm:
+    """The normalisation of the residual stream that the config asks for."""
+    return Norm(config.norm, config.norm_eps, config.norm_offset, config.norm_bias, name=name)
+
+
+class Embed(nn.Module):
+    """A table [entries, D] looked up by integer ids."""
+
+    entries: int
+    config: ModelConfig
+    dtype: jnp.dtype
+    axis: str | None = "vocab"
+
+    def setup(self):
+        init = gaussian(self.config.init_mean, self.config.init_std)
+        shape = self.entries, self.config.d_model
+        self.embedding = self.param("embedding", with_axes(init, (self.axis, "embed")), shape)
+
+    def __call__(self, ids):
+        return self.embedding.astype(self.dtype)[ids]
+
+
+class MLP(nn.Module):
+    """The feed-forward layer; gated ones after Shazeer, "GLU Variants Improve Transformer"."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_btd):
+        c = self.config
+        wide = {
+            "out_shape": (c.d_ff,),
+            "axes": ("embed", "mlp"),
+            "dtype": self.dtype,
+            "init_mean": c.init_mean,
+            "init_std": c.init_std,
+            "use_bias": c.mlp_bias,
+        }
+        up_btf = Dense(**wide, name="up")(x_btd)
+        if c.mlp == "gelu":
+            hidden_btf = nn.gelu(up_btf, approximate=True)
+        else:
+            gate_btf = Dense(**wide, name="gate")(x_btd)
+            act = nn.silu if c.mlp == "swiglu" else lambda x: nn.gelu(x, approximate=True)
+            hidden_btf = act(gate_btf) * up_btf
+        hidden_btf = constrain(hidden_btf, "batch", "length", "mlp")
+        return Dense(
+            (c.d_model,),
+            ("mlp", "embed"),
+            self.dtype,
+            c.init_mean,
+            residual_std(c),
+            c.mlp_bias,
+            name="down",
+        )(hidden_btf)
+
+
+def gaussian(mean: float, std: float):
+    """An initialiser that draws N(mean, std^2) in float32."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return mean + std * jax.random.normal(key, shape, dtype)
+
+    return init
+
+
+def residual_std(config: ModelConfig) -> float:
+    """The deviation of matrices that write to the residual stream (Radford et al., 2019)."""
+    scale = (2 * config.num_layers) ** -0.5 if config.scale_residual_init else 1.0
+    return config.init_std * scale
+
+
+def rope_angles(positions_bt, head_dim: int, theta: float, scaling: RopeScaling | None):
+    """Angles [B, T, H/2], float32, of rotary positions (Su et al., 2021)."""
+    inverse = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is not None and scaling.kind == "linear":
+        inverse = inverse / scaling.factor
+    elif scaling is not None:
+        inverse = _llama3_scaled(inverse, scaling)
+    frequencies = jnp.asarray(inverse, jnp.float32)
+    return positions_bt.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
+
+
+def _llama3_scaled(inverse: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Llama 3.1: long wavelengths are divided by the factor, middling ones by a blend."""
+    turns = scaling.original_max_seq_len * inverse / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return inverse * (blend + (1.0 - blend) / scaling.factor)
+
+
+def apply_rope(x_btnh, angles_bth):
+    """Turn the pairs (i, i + H/2) of every head by their angles; in float32, returned as `x`."""
+    first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles_bth)[:, :, None, :], jnp.sin(angles_bth)[:, :, None, :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.astype(x_btnh.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Dropout whose masks depend on (key, site, global row) only, never on mesh or micro-batch."""
+
+    key: jax.Array
+    rows: jax.Array
+    """[B] int32: each row's place in the global batch."""
+
+    def layer(self, index) -> "Dropout":
+        """The dropout of one layer."""
+        return Dropout(jax.random.fold_in(self.key, index), self.rows)
+
+    def __call__(self, x, rate: float, site: int):
+        """Zero elements of `x` [B, ...] with probability `rate`, and scale the rest."""
+        if not rate:
+            return x
+        site_key = jax.random.fold_in(self.key, site)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(site_key, self.rows)
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+        return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))

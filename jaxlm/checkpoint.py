@@ -1,0 +1,383 @@
+"""Checkpoints: one folder per step, complete once its manifest of checksums is written.
+
+    RUN/checkpoints/step_00000100/
+        state/           the arrays, by Orbax
+        config.yaml      the experiment that made them
+        tokenizer files
+        metrics.json     step, tokens, valid_loss, ...
+        manifest.json    size and SHA-256 of every other file; written last
+
+Arrays are stored flat, under their path in the tree ("params/embed"): what holds them (dicts,
+named tuples, None, empty containers) is the program's business, and what is asked for at restore
+decides it. Orbax restores flipped bits silently, therefore the checksums.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxlm.errors import UserError
+
+STATE = "state"
+CONFIG = "config.yaml"
+METRICS = "metrics.json"
+MANIFEST = "manifest.json"
+_TRASH = "trash_"
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+# Orbax logs every stage of a save, and a failure's traceback several times over. What a user has
+# to know of a failure is in the UserError.
+logging.getLogger("absl").addFilter(_not_from_orbax)
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run, in the background and one at a time.
+
+    Keeps the newest `keep` and, with `keep_best`, the one whose metrics have the lowest
+    `valid_loss`. Use as a context manager, or call `close`.
+    """
+
+    def __init__(self, run_folder: str | Path, *, keep: int, keep_best: bool):
+        self._run = Path(run_folder).absolute()
+        self._keep = keep
+        self._keep_best = keep_best
+        self._orbax = ocp.AsyncCheckpointer(_handler())
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+
+    def save(
+        self, step: int, state: Any, *, config_text: str, tokenizer: Any, metrics: dict
+    ) -> None:
+        """Start saving `state`, a tree of jax.Arrays; returns once they are copied to the host.
+
+        The caller may donate them right away. `tokenizer` has `save(folder)`; `metrics` are plain
+        numbers by name. Waits for the save before it, and raises UserError if that one failed. A
+        step that already has a sound checkpoint is not written again.
+        """
+        self.wait()
+        folder = step_folder(self._run, step)
+        if verify(folder) is None:
+            return
+        texts = {CONFIG: config_text, METRICS: json.dumps({"step": step, **metrics}, indent=1)}
+        arrays = _by_name(state)
+        try:
+            _discard(folder)
+            folder.mkdir(parents=True)
+            self._orbax.save(folder / STATE, args=ocp.args.PyTreeSave(arrays))
+        except Exception as error:
+            raise self._failure(folder, error) from error
+        # With several processes every one waits for Orbax, and process 0 does the rest.
+        self._pending = self._background.submit(self._finish, folder, texts, tokenizer)
+
+    def wait(self) -> None:
+        """Return once the last save is complete; raises UserError if it failed."""
+        if self._pending is None:
+            return
+        error = self._pending.exception()
+        self._pending = None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Wait, then release the threads."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._orbax.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _finish(self, folder: Path, texts: dict[str, str], tokenizer: Any) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            for name, text in texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            tokenizer.save(folder)
+            _write_manifest(folder)
+        except Exception as error:
+            raise self._failure(folder, error) from error
+        self._prune(_step_of(folder))
+
+    def _failure(self, folder: Path, error: Exception) -> UserError:
+        """Remove the half-written `folder`; the error to raise in place of `error`."""
+        shutil.rmtree(folder, ignore_errors=True)
+        steps = complete_steps(self._run)
+        intact = f"{_name(steps[-1])} is intact" if steps else "no earlier checkpoint exists"
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            return UserError(
+                f"{folder.parent} has no space left for checkpoint {folder.name} ({intact}): "
+                "free some, or lower checkpoint.keep, and resume"
+            )
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return UserError(
+            f"checkpoint {folder.name} could not be written to {folder.parent} ({intact}): {reason}"
+        )
+
+    def _prune(self, newest: int) -> None:
+        """Delete what need not be kept now that `newest` is complete.
+
+        Later steps are not of this run's making: they are left for the user to judge.
+        """
+        folders = [
+            step_folder(self._run, step) for step in complete_steps(self._run) if step <= newest
+        ]
+        keep = set(folders[-self._keep :])
+        losses = {folder: loss for folder in folders if (loss := _valid_loss(folder)) is not None}
+        if self._keep_best and losses:
+            keep.add(min(losses, key=losses.__getitem__))
+        for folder in folders:
+            if folder not in keep:
+                _discard(folder)
+        for folder in _checkpoints(self._run).iterdir():
+            unfinished = _step_of(folder) is not None and not (folder / MANIFEST).exists()
+            if unfinished or folder.name.startswith(_TRASH):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def step_folder(run_folder: str | Path, step: int) -> Path:
+    """Where the checkpoint of `step` is: RUN/checkpoints/step_00000100."""
+    return _checkpoints(run_folder) / _name(step)
+
+
+def complete_steps(run_folder: str | Path) -> list[int]:
+    """Steps whose checkpoint was written to the end, ascending; their bytes are not looked at."""
+    return [
+        step
+        for step in _all_steps(run_folder)
+        if (step_folder(run_folder, step) / MANIFEST).exists()
+    ]
+
+
+def latest_sound(run_folder: str | Path, report: Callable[[str], None]) -> int | None:
+    """The newest step whose every byte is as written, or None where none was ever completed.
+
+    `report` gets one line for each newer one that is unfinished or damaged. Raises UserError if
+    there are complete checkpoints but all are damaged.
+    """
+    rejected = {}
+    sound = None
+    for step in reversed(_all_steps(run_folder)):
+        folder = step_folder(run_folder, step)
+        problem = verify(folder)
+        if problem is None:
+            sound = step
+            break
+        if folder.exists():  # a run that is still writing may have pruned it meanwhile
+            rejected[folder] = problem
+    damaged = [folder for folder in rejected if (folder / MANIFEST).exists()]
+    if sound is None and damaged:
+        raise UserError(
+            f"no checkpoint in {_checkpoints(run_folder)} is sound ({damaged[0].name}: "
+            f"{rejected[damaged[0]]}): restore one from a copy, or start in another run folder"
+        )
+    using = "no checkpoint precedes it" if sound is None else f"using {_name(sound)}"
+    for folder, problem in rejected.items():
+        state = "damaged" if folder in damaged else "unfinished"
+        report(f"checkpoint {folder.name} is {state} ({problem}); {using}")
+    return sound
+
+
+def verify(folder: str | Path) -> str | None:
+    """What is wrong with the checkpoint in a step folder, as a short phrase; None if it is sound.
+
+    Reads every byte.
+    """
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return "no manifest"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is unreadable"
+    with ThreadPoolExecutor() as pool:
+        problems = pool.map(partial(_file_problem, folder), expected.items())
+        return next(filter(None, problems), None)
+
+
+def restore_state(folder: str | Path, abstract_state: Any) -> Any:
+    """The whole state in a step folder, as the tree `abstract_state` of jax.ShapeDtypeStruct.
+
+    Each leaf's sharding may be of any mesh (none: the first device), whatever mesh wrote it; every
+    device reads its own part. Raises UserError where names, shapes or types are not exactly those
+    of the checkpoint. Checksums are not looked at: `verify` does that.
+    """
+    return _restore(Path(folder), abstract_state, "")
+
+
+def restore_params(folder: str | Path, abstract_params: Any, key: str = "params") -> Any:
+    """Like `restore_state`, for the part of the state under `key` ("params", "ema") alone.
+
+    Nothing else is read.
+    """
+    return _restore(Path(folder), abstract_params, key)
+
+
+def _restore(folder: Path, abstract: Any, key: str) -> Any:
+    path = folder.absolute() / STATE
+    if not path.is_dir():
+        raise UserError(
+            f"{folder} holds no checkpoint: name a folder such as RUN/checkpoints/{_name(100)}"
+        )
+    wanted = _by_name(jax.tree.map(_placed, abstract), key)
+    with ocp.Checkpointer(_handler()) as reader:
+        stored = reader.metadata(path).item_metadata.tree
+        _check_same(folder, wanted, {name: stored[name] for name in stored if _is_under(name, key)})
+        arrays = reader.restore(
+            path,
+            args=ocp.args.PyTreeRestore(
+                wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            ),
+        )
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
+
+
+def _check_same(folder: Path, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Raise UserError at the first difference: Orbax would pad, truncate or cast without a word."""
+    advice = f"use the settings in {folder / CONFIG}"
+    for name, leaf in wanted.items():
+        if name not in stored:
+            raise UserError(f"checkpoint {folder} has no {name}, which is asked for: {advice}")
+        for what in ("shape", "dtype"):
+            there, here = getattr(stored[name], what), getattr(leaf, what)
+            if there != here:
+                raise UserError(
+                    f"{name} has {what} {there} in checkpoint {folder}, but {here} is asked for: "
+                    f"{advice}"
+                )
+    if extra := [name for name in stored if name not in wanted]:
+        raise UserError(
+            f"checkpoint {folder} has {extra[0]}, for which there is no place: {advice}"
+        )
+
+
+def _by_name(tree: Any, key: str = "") -> dict[str, Any]:
+    """The leaves of `tree` in order, by path: {"params/embed": ...}."""
+    leaves = jax.tree.leaves_with_path(tree)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    named = {
+        "/".join(filter(None, (key, path))): leaf
+        for path, (_, leaf) in zip(paths, leaves, strict=True)
+    }
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the tree have the same path")
+    return named
+
+
+def _is_under(name: str, key: str) -> bool:
+    return key in ("", name) or name.startswith(f"{key}/")
+
+
+def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    if leaf.sharding is not None:
+        return leaf
+    return leaf.update(sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    # Trained weights hardly compress (8 % for float32), and trying doubles the time of a save.
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def _file_problem(folder: Path, expected: tuple[str, tuple[int, str]]) -> str | None:
+    name, (size, digest) = expected
+    try:
+        if (found := (folder / name).stat().st_size) != size:
+            return f"{name} has {found} bytes instead of {size}"
+        return None if _sha256(folder / name) == digest else f"bytes changed in {name}"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+
+
+def _write_manifest(folder: Path) -> None:
+    """Force every file to the disk, then declare the checkpoint complete."""
+    entries = sorted(folder.rglob("*"))
+    files = [path for path in entries if path.is_file()]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_sync, [*entries, folder, folder.parent]))
+        digests = list(pool.map(_sha256, files))
+    manifest = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, digests, strict=True)
+    }
+    draft = folder / f"{MANIFEST}.draft"
+    draft.write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
+    _sync(draft)
+    draft.rename(folder / MANIFEST)
+    _sync(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """fsync a file, or a folder's list of entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(folder: Path) -> None:
+    """Delete a step folder, renamed first: killed half-way, what is left is no checkpoint."""
+    trash = folder.with_name(_TRASH + folder.name)
+    shutil.rmtree(trash, ignore_errors=True)
+    if folder.exists():
+        folder.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _checkpoints(run_folder: str | Path) -> Path:
+    return Path(run_folder) / "checkpoints"
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _step_of(folder: Path) -> int | None:
+    match = re.fullmatch(r"step_(\d{8,})", folder.name)
+    return int(match[1]) if match else None
+
+
+def _all_steps(run_folder: str | Path) -> list[int]:
+    """Steps that have a folder, complete or not, ascending."""
+    folders = _checkpoints(run_folder).glob("step_*")
+    return sorted(step for folder in folders if (step := _step_of(folder)) is not None)
+
+
+def _valid_loss(folder: Path) -> float | None:
+    try:
+        loss = json.loads((folder / METRICS).read_text(encoding="utf-8")).get("valid_loss")
+    except (OSError, ValueError):
+        return None
+    return loss if isinstance(loss, int | float) and math.isfinite(loss) else None

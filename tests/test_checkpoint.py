@@ -310,7 +310,7 @@ def delete_manifest(folder):
         (truncate, "damaged", r"state/\S+ has \d+ bytes instead of \d+"),
         (flip_bit, "damaged", r"bytes changed in state/\S+"),
         (delete_file, "damaged", r"state/\S+ is missing"),
-        (damage_metrics, "damaged", r"metrics.json has 12 bytes instead of 13"),
+        (damage_metrics, "damaged", r"metrics.json has 12 bytes instead of 14"),
         (garble_manifest, "damaged", "manifest.json is unreadable"),
         (delete_manifest, "unfinished", "no manifest"),
     ],

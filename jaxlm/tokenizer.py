@@ -1,0 +1,334 @@
+"""Text to token ids and back: one small interface over SentencePiece and `tokenizers`.
+
+A tokenizer trained here is exact: `decode(encode(text)) == text` for every string. One loaded from
+a file is as exact as its own normalisation lets it be.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+
+from jaxlm.config import TokenizerConfig
+from jaxlm.errors import UserError
+
+# SentencePiece writes a space as this character, so in text it cannot stand for itself.
+SPACE_MARK = "\u2581"
+# SentencePiece drops training sentences above this many bytes; ours are cut to a quarter as many
+# characters, which never have more than four bytes each.
+SENTENCE_BYTES = 16384
+BYTE_PIECES = 256
+SPECIAL_PIECES = ("<unk>", "<s>", "</s>")
+BEGIN_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
+END_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
+
+
+class Tokenizer:
+    """What jaxlm needs of a tokenizer. Made by `load_tokenizer` and `train_tokenizer`.
+
+    Attributes:
+        vocab_size: number of ids, special ones included.
+        bos_id: what a document starts with.
+        eos_id: what a document ends with, or None.
+        model: the model file, byte for byte.
+        file_name: what that file is called in a folder.
+        fingerprint: SHA-256 of `model`.
+    """
+
+    file_name: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int | None
+    # The bytes each id stands for (none for special ids).
+    _bytes: list[bytes]
+    # Whether encoding puts a space before the text, for decoding to take away.
+    _adds_space: bool
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without special ids, even where the text spells one."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text. Other threads run meanwhile.
+
+        Raises UserError for a text with half of a surrogate pair, which no bytes stand for.
+        """
+        try:
+            return self._encode_batch(texts)
+        except (RuntimeError, TypeError, UnicodeError):
+            for text in texts:
+                _check_unicode(text)
+            raise
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; special and unknown ids are nothing, broken UTF-8 becomes U+FFFD."""
+        text = self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self._adds_space else text
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """UTF-8 of `ids`, which may begin or end inside a character: what streaming needs."""
+        return b"".join(self._bytes[i] for i in ids if 0 <= i < self.vocab_size)
+
+    def save(self, folder: str | Path) -> None:
+        """Write what `load_tokenizer(folder)` reads back; the model byte for byte."""
+        (Path(folder) / self.file_name).write_bytes(self.model)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model (`tokenizer.model`)."""
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, model: bytes):
+        """Raises UserError without a begin-of-sequence or end-of-sequence piece."""
+        super().__init__(model)
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.load_from_serialized_proto(model)
+        self.vocab_size = len(self._processor)
+        eos, bos = self._processor.eos_id(), self._processor.bos_id()
+        if max(bos, eos) < 0:
+            raise UserError("has no <s> or </s> piece: documents need one of them to start with")
+        self.bos_id = bos if bos >= 0 else eos
+        self.eos_id = eos if eos >= 0 else None
+        self._bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
+        self._adds_space = self._processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
+        mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        self._mark_ids = mark if all(map(self._processor.is_byte, mark)) else None
+
+    def __reduce__(self):
+        return SentencePieceTokenizer, (self.model,)
+
+    def _bytes_of(self, i: int) -> bytes:
+        if self._processor.is_control(i) or self._processor.is_unknown(i):
+            return b""
+        return _piece_bytes(self._processor.id_to_piece(i), is_byte=self._processor.is_byte(i))
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> list[int]:
+        if SPACE_MARK not in text or self._mark_ids is None or self._adds_space:
+            return self._processor.encode(text, out_type=int)
+        first, *others = self._processor.encode(text.split(SPACE_MARK), out_type=int, num_threads=1)
+        return first + [i for ids in others for i in (*self._mark_ids, *ids)]
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A Hugging Face `tokenizer.json`, with the names of its special tokens."""
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, model: bytes, bos: str | None = None, eos: str | None = None):
+        """Raises UserError where neither `bos`, `eos` nor any well-known special token exists."""
+        super().__init__(model)
+        self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self._eos = next((name for name in (eos, *END_NAMES) if name in vocabulary), None)
+        self._bos = next((n for n in (bos, *BEGIN_NAMES, self._eos) if n in vocabulary), None)
+        if self._bos is None:
+            raise UserError(
+                "names no begin-of-sequence token and has no well-known one, such as <s> or "
+                "<|endoftext|>: put a tokenizer_config.json with bos_token beside it"
+            )
+        self.bos_id = vocabulary[self._bos]
+        self.eos_id = vocabulary.get(self._eos)
+        self._bytes = self._make_bytes(vocabulary)
+        first = self._encode_batch(["a"])[0][:1]
+        self._adds_space = bool(first) and self._bytes[first[0]].startswith(b" ")
+
+    def __reduce__(self):
+        return HuggingFaceTokenizer, (self.model, self._bos, self._eos)
+
+    def _make_bytes(self, vocabulary: dict[str, int]) -> list[bytes]:
+        decoders = _decoder_types(json.loads(self.model)["decoder"])
+        byte_level = "ByteLevel" in decoders
+        if not byte_level and not decoders & {"ByteFallback", "Metaspace"}:
+            raise UserError(
+                f"decodes by {' and '.join(sorted(decoders)) or 'joining words'}, which loses "
+                "spaces: use one with a ByteLevel, ByteFallback or Metaspace decoder"
+            )
+        alphabet = _byte_level_alphabet()
+        table = [b""] * self.vocab_size
+        for piece, i in vocabulary.items():
+            if byte_level and all(c in alphabet for c in piece):
+                table[i] = bytes(alphabet[c] for c in piece)
+            else:
+                is_byte = not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", piece) is not None
+                table[i] = _piece_bytes(piece, is_byte)
+        for i, token in self._tokenizer.get_added_tokens_decoder().items():
+            table[i] = b"" if token.special else token.content.encode()
+        table[self.bos_id] = b""
+        if self.eos_id is not None:
+            table[self.eos_id] = b""
+        return table
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def save(self, folder: str | Path) -> None:
+        """Also writes the names of the special tokens, which tokenizer.json does not hold."""
+        super().save(folder)
+        names = {"bos_token": self._bos, "eos_token": self._eos}
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a `.model` file, a `tokenizer.json`, or a folder with one of them.
+
+    Raises UserError for a missing, corrupt or unsupported file.
+    """
+    file = Path(path)
+    if file.is_dir():
+        names = (HuggingFaceTokenizer.file_name, SentencePieceTokenizer.file_name)
+        file = next((file / name for name in names if (file / name).is_file()), file)
+        if file.is_dir():
+            raise UserError(f"the folder {path} has neither {' nor '.join(names)}")
+    try:
+        model = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+    try:
+        if file.suffix == ".model":
+            return SentencePieceTokenizer(model)
+        if file.suffix == ".json":
+            return HuggingFaceTokenizer(model, *_special_names(file))
+    except UserError as error:
+        raise UserError(f"the tokenizer {file} {error}") from error
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise UserError(
+            f"{file} is not a tokenizer that can be read: it should be a SentencePiece model "
+            "(.model) or a Hugging Face tokenizer.json"
+        ) from error
+    raise UserError(f"the tokenizer {file} should end in .model or .json")
+
+
+def train_tokenizer(texts: Iterator[str], config: TokenizerConfig) -> Tokenizer:
+    """Train SentencePiece (`config.kind`, `config.vocab_size`) on all of `texts`.
+
+    The same texts give the same model, byte for byte. Raises UserError where they are too few for
+    `config.vocab_size`.
+    """
+    sentences = list(_sentences(texts))
+    boundaries = _rare_characters(sentences, config.vocab_size)
+    out = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(sentence.translate(boundaries) for sentence in sentences),
+            model_writer=out,
+            model_type=config.kind,
+            vocab_size=config.vocab_size,
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            # The trainer uses the tab as a boundary and so would never make it a piece.
+            user_defined_symbols=["\t"],
+            max_sentence_length=SENTENCE_BYTES,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=16,  # the model depends on it
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _too_little_text(config.vocab_size, str(error)) from error
+    return SentencePieceTokenizer(out.getvalue())
+
+
+def _too_little_text(vocab_size: int, message: str) -> UserError:
+    largest = re.search(r"value <= (\d+)", message)
+    remedy = "give it more text"
+    if largest and int(largest[1]) >= 300:
+        remedy += f", or set tokenizer.vocab_size to {largest[1]} or less"
+    return UserError(f"too little text to learn tokenizer.vocab_size={vocab_size} tokens: {remedy}")
+
+
+def _sentences(texts: Iterator[str]) -> Iterator[str]:
+    """Cut `texts` at line ends (kept) into what the trainer takes as a sentence."""
+    limit = SENTENCE_BYTES // 4
+    pattern = re.compile(rf"(?s).{{1,{limit}}}(?<=\n)|.{{1,{limit}}}")
+    for text in texts:
+        yield from pattern.findall(text)
+
+
+def _rare_characters(sentences: list[str], vocab_size: int) -> dict[int, str]:
+    """A `str.translate` table that turns characters not worth a piece into boundaries.
+
+    Pieces go to the characters that make up 99.95 % of the text, and to so few that half of the
+    vocabulary is left for longer pieces; the others are spelt in bytes.
+    """
+    counts = Counter()
+    for sentence in sentences:
+        counts.update(sentence)
+    ranked = sorted(counts, key=lambda c: (-counts[c], c))
+    room = (vocab_size - BYTE_PIECES - len(SPECIAL_PIECES)) // 2
+    spare = counts.total() * 0.0005
+    while ranked and (len(ranked) > room or counts[ranked[-1]] <= spare):
+        spare -= counts[ranked.pop()]
+    kept = set(ranked) - {SPACE_MARK, "\0", "\t"}
+    return dict.fromkeys((ord(c) for c in counts if c not in kept), "\t")
+
+
+def _piece_bytes(piece: str, is_byte: bool) -> bytes:
+    return bytes.fromhex(piece[3:5]) if is_byte else piece.replace(SPACE_MARK, " ").encode()
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"character {error.start} of the text is {text[error.start]!r}, half of a surrogate "
+            "pair: text must be valid Unicode"
+        ) from error
+
+
+def _special_names(file: Path) -> list[str | None]:
+    """The begin and end tokens that a tokenizer_config.json beside `file` names."""
+    config_file = file.with_name("tokenizer_config.json")
+    config = json.loads(config_file.read_bytes()) if config_file.is_file() else {}
+    names = [config.get("bos_token"), config.get("eos_token")]
+    return [name["content"] if isinstance(name, dict) else name for name in names]
+
+
+def _decoder_types(decoder: dict | None) -> set[str]:
+    """Type names of a tokenizer.json's decoder and of those in its sequence."""
+    if decoder is None:
+        return set()
+    if decoder["type"] == "Sequence":
+        return {kind for part in decoder["decoders"] for kind in _decoder_types(part)}
+    return {decoder["type"]}
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in GPT-2's byte-level BPE.
+
+    Bytes that are visible Latin-1 characters stand for themselves, the others, in order, for the
+    characters from U+0100 on.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    shifted = {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in visible} | shifted

@@ -252,8 +252,9 @@ class OptimConfig:
     """wsd: share of all steps spent decaying."""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """linear, cosine, wsd: last learning rate as a share of the peak."""
-    weight_decay: NonNegative = 0.1
-    """Decoupled decay of matrices, never of norms and biases; 0: none."""
+    weight_decay: NonNegative = 0.0
+    """Decay of matrices, never of norms and biases: decoupled, but in the gradient (L2) for sgd
+    and adam."""
     beta1: Fraction = 0.9
     """First-moment decay (adam, adamw, lion, muon's momentum)."""
     beta2: Fraction = 0.95
@@ -272,11 +273,30 @@ class OptimConfig:
     def __post_init__(self):
         if self.nesterov and not self.momentum:
             raise UserError("optim.nesterov=true needs optim.momentum above 0, such as 0.9")
-        if self.momentum and self.name != "sgd":
-            raise UserError(
-                f"optim.momentum={self.momentum} is only read by optim.name=sgd, but optim.name="
-                f"{self.name}: set optim.beta1 instead"
-            )
+        fields = type(self).__dataclass_fields__
+        for choice, readers in (("name", _OPTIMIZER_READS), ("schedule", _SCHEDULE_READS)):
+            chosen = getattr(self, choice)
+            for key, read_by in readers.items():
+                value = getattr(self, key)
+                if value != fields[key].default and chosen not in read_by:
+                    raise UserError(
+                        f"optim.{key}={value} has no effect with optim.{choice}={chosen}: leave it "
+                        f"out, or use {' or '.join(read_by)}"
+                    )
+
+
+# Fields that only some optimisers or schedules read.
+_OPTIMIZER_READS = {
+    "beta1": ("adam", "adamw", "lion", "muon"),
+    "beta2": ("adam", "adamw", "lion", "muon"),
+    "eps": ("adam", "adamw", "muon"),
+    "momentum": ("sgd",),
+    "nesterov": ("sgd",),
+}
+_SCHEDULE_READS = {
+    "decay_fraction": ("wsd",),
+    "final_fraction": ("linear", "cosine", "wsd"),
+}
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -118,7 +118,7 @@ def make_layout(logical, axes, mesh: Mesh) -> Layout:
         spec = storage_spec(leaf.shape, leaf_axes, mesh)
         if mesh.shape["fsdp"] > 1 and leaf_axes and "fsdp" not in _flat(spec):
             replicated.append(f"{path_name(path)} {leaf.shape}")
-        sizes = [math.prod(mesh.shape[a] for a in entry or ()) for entry in spec]
+        sizes = [math.prod(mesh.shape[a] for a in _names(entry)) for entry in spec]
         shape = tuple(-(-n // size) * size for n, size in zip(leaf.shape, sizes, strict=True))
         fits = [e if n == p else None for e, n, p in zip(spec, leaf.shape, shape, strict=True)]
         stored.append(_struct(shape, leaf.dtype, mesh, spec))
@@ -140,7 +140,7 @@ def storage_spec(shape: Sequence[int], axes: Axes, mesh: Mesh) -> PartitionSpec:
     others = [i for i, a in enumerate(axes) if entries[i] is None and a != "layers"]
     for i in preferred + others:
         if shape[i] % fsdp == 0:
-            entries[i] = (*(entries[i] or ()), "fsdp")
+            entries[i] = (*_names(entries[i]), "fsdp")
             break
     return PartitionSpec(*entries)
 
@@ -204,8 +204,13 @@ def _shapes(tree) -> list[tuple[int, ...]]:
     return [leaf.shape for leaf in jax.tree.leaves(tree)]
 
 
+def _names(entry) -> tuple[str, ...]:
+    """The mesh axes of one dimension; PartitionSpec stores a single one as a string."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def _flat(spec: PartitionSpec) -> list[str]:
-    return [axis for entry in spec for axis in entry or ()]
+    return [axis for entry in spec for axis in _names(entry)]
 
 
 def _pad(x, target):

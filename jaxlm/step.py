@@ -1,0 +1,203 @@
+"""The update: a pure step on logical shapes, and its compilation onto a mesh."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxlm.config import Config
+from jaxlm.nn.layers import Dropout
+from jaxlm.sharding import (
+    Layout,
+    axes_like,
+    batch_sharding,
+    make_layout,
+    replicated_sharding,
+    split_boxes,
+)
+from jaxlm.tasks.language_modelling import Batch, loss_sums
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a run is; what is restored continues it exactly."""
+
+    step: jax.Array
+    """Updates tried, which is also the index of the next batch."""
+    params: object
+    opt_state: object
+    ema: object
+    """Exponential moving average of the parameters, or None."""
+    skipped: jax.Array
+    """Updates skipped so far for a non-finite loss or gradient."""
+    skipped_in_row: jax.Array
+    """Updates skipped since the last one that was not."""
+
+
+def init_state(params, optimizer, config: Config) -> TrainState:
+    """The state before the first update."""
+    zero = jnp.zeros((), jnp.int32)
+    ema = None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, params)
+    return TrainState(zero, params, optimizer.init(params), ema, zero, zero)
+
+
+def train_step(state: TrainState, batch: Batch, *, model, optimizer, schedule, config: Config):
+    """One update of the whole batch; returns (state, metrics), every metric a scalar.
+
+    The loss is a mean over the targets of the global batch, however it is split. A non-finite
+    loss or gradient leaves everything but the counters as it was.
+    """
+    targets = jnp.maximum(batch.weights.sum(), 1.0)
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    drops = bool(config.model.dropout or config.model.attention_dropout)
+
+    def loss_fn(params, micro: Batch, rows):
+        dropout = Dropout(key, rows) if drops else None
+        sums = loss_sums(model, params, micro, config.train, dropout)
+        return (sums.nats + config.train.z_loss * sums.z) / targets, sums
+
+    gradients, sums = accumulate(
+        jax.grad(loss_fn, has_aux=True), state.params, batch, config.train.accumulation
+    )
+    norm = optax.global_norm(gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    rate = schedule(state.step)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
+    ema = state.ema
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1.0 - config.optim.ema_decay)
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums.nats)
+    old = (state.params, state.opt_state, state.ema)
+    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    params, opt_state, ema = jax.tree.map(keep, (params, opt_state, ema), old)
+    state = TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        ema=ema,
+        skipped=state.skipped + jnp.where(finite, 0, 1),
+        skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+    )
+    return state, {
+        "loss": sums.nats / targets,
+        "grad_norm": norm,
+        "learning_rate": rate,
+        "targets": sums.weight,
+        "skipped": state.skipped,
+        "skipped_in_row": state.skipped_in_row,
+    }
+
+
+def eval_step(params, batch: Batch, *, model, config: Config):
+    """Summed nats and number of targets of a batch."""
+    sums = loss_sums(model, params, batch, config.train, dropout=None)
+    return sums.nats, sums.weight
+
+
+def accumulate(gradient: Callable, params, batch: Batch, count: int):
+    """Sum `gradient(params, micro_batch, rows)` over `count` micro-batches.
+
+    Micro-batch i has rows i, i + count, ...: every device keeps the rows it holds.
+    """
+    rows = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
+    if count == 1:
+        return gradient(params, batch, rows)
+    split = lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)  # noqa: E731
+    micros = jax.tree.map(split, (batch, rows))
+
+    def add(total, micro):
+        return jax.tree.map(jnp.add, total, gradient(params, *micro)), None
+
+    shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], micros))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, micros)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The functions of a run, each compiled at its first call, and how its state is stored."""
+
+    mesh: Mesh
+    layout: Layout
+    init: Callable
+    """() -> TrainState, from the seed."""
+    init_from: Callable
+    """(parameters in stored shapes) -> TrainState; the parameters are donated."""
+    train_step: Callable
+    """(TrainState, Batch) -> (TrainState, metrics); the state is donated."""
+    eval_step: Callable
+    """(parameters, Batch) -> (nats, targets)."""
+
+    def put(self, batch: Batch) -> Batch:
+        """A host batch on the devices."""
+        return jax.device_put(batch, batch_sharding(self.mesh))
+
+
+def build_program(model, make_optimizer: Callable, schedule: Callable, config: Config, mesh: Mesh):
+    """Lay the state out on the mesh and compile init, train and eval for it.
+
+    `make_optimizer(axes)` gets the parameters' logical axes.
+    """
+    key = jax.random.key(config.seed)
+    params, axes = split_boxes(jax.eval_shape(model.init, key))
+    optimizer = make_optimizer(axes)
+    logical = jax.eval_shape(lambda p: init_state(p, optimizer, config), params)
+    state_axes = axes_like(logical, params, axes)
+    layout = make_layout(logical, state_axes, mesh)
+    params_layout = make_layout(params, axes, mesh)
+    stored, everywhere = layout.shardings, replicated_sharding(mesh)
+    rows = batch_sharding(mesh)
+
+    def initial():
+        params, _ = split_boxes(model.init(key))
+        return layout.pad(init_state(params, optimizer, config))
+
+    def initial_from(params):
+        return layout.pad(init_state(params_layout.unpad(params), optimizer, config))
+
+    def update(state, batch):
+        state, metrics = train_step(
+            layout.unpad(state),
+            batch,
+            model=model,
+            optimizer=optimizer,
+            schedule=schedule,
+            config=config,
+        )
+        return layout.pad(state), metrics
+
+    def evaluate(params, batch):
+        return eval_step(params_layout.unpad(params), batch, model=model, config=config)
+
+    def compiled(function, **options):
+        return jax.jit(on_mesh(function, mesh), **options)
+
+    return Program(
+        mesh=mesh,
+        layout=layout,
+        init=compiled(initial, out_shardings=stored),
+        init_from=compiled(initial_from, out_shardings=stored, donate_argnums=0),
+        train_step=compiled(
+            update,
+            in_shardings=(stored, rows),
+            out_shardings=(stored, everywhere),
+            donate_argnums=0,
+        ),
+        eval_step=compiled(
+            evaluate, in_shardings=(params_layout.shardings, rows), out_shardings=everywhere
+        ),
+    )
+
+
+def on_mesh(function: Callable, mesh: Mesh) -> Callable:
+    """`function` traced with `mesh` in force, for `sharding.constrain`."""
+
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced

@@ -1,0 +1,1 @@
+"""Tasks: how rows become a batch, which loss weights they get, which metrics come out."""

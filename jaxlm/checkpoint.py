@@ -24,7 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -103,7 +103,7 @@ class Checkpoints:
             self._background.shutdown()
             self._orbax.close()
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception) -> None:
@@ -245,6 +245,8 @@ def _restore(folder: Path, abstract: Any, key: str) -> Any:
     with ocp.Checkpointer(_handler()) as reader:
         stored = reader.metadata(path).item_metadata.tree
         _check_same(folder, wanted, {name: stored[name] for name in stored if _is_under(name, key)})
+        if not wanted:
+            return abstract  # Orbax refuses to restore nothing
         arrays = reader.restore(
             path,
             args=ocp.args.PyTreeRestore(

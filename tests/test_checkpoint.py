@@ -176,6 +176,7 @@ def test_params_alone_are_restored_without_reading_the_rest(tmp_path):
         step_folder(tmp_path, 1), abstract({"w": jnp.zeros(3)}), key="params_of_another"
     )
     assert_same_bits(other, {"w": jnp.zeros(3)})
+    assert restore_params(step_folder(tmp_path, 1), {"none": None}, key="ema") == {"none": None}
 
 
 @pytest.mark.parametrize(

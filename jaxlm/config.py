@@ -199,7 +199,7 @@ class DataConfig:
     cache: str | None = None
     """Folder of token files; null: the user's cache folder ($XDG_CACHE_HOME/jaxlm)."""
     workers: Natural = 0
-    """Processes that tokenise; 0: one per core."""
+    """Threads that tokenise; 0: one per core."""
     prefetch: Count = 4
     """Batches read ahead of the step."""
 

@@ -1,0 +1,143 @@
+"""From token files to batches, each a pure function of the seed and the step.
+
+A row is addressed by its index, so Grain can permute, mix and prefetch rows by arithmetic alone:
+nothing has to be replayed to resume at a step, and every process computes its own part of the same
+global batch.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from jaxlm.data.tokens import TokenFile
+from jaxlm.errors import UserError
+
+Row = dict[str, np.ndarray]
+READER_THREADS = 2
+
+
+class Rows(Sequence):
+    """The stream of a token file, cut into rows that overlap by one token.
+
+    Row r has the tokens from r * seq_len to r * seq_len + seq_len, the last one included, so that
+    each token but the stream's first is the target of exactly one row. The last row is padded.
+    """
+
+    def __init__(self, token_file: TokenFile, seq_len: int):
+        self._file = token_file
+        self._seq_len = seq_len
+
+    def __len__(self) -> int:
+        return -(-(self._file.num_tokens - 1) // self._seq_len)
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index` as int32 [seq_len + 1] arrays.
+
+        `segment_ids` number the documents in the row from 1 (0 is padding); `positions` count from
+        0 in each, also where the row begins inside a document.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        start = index * self._seq_len
+        stream = self._file.tokens[start : start + self._seq_len + 1]
+        row = padding_row(self._seq_len)
+        size = len(stream)
+        offsets = self._file.offsets
+        first, last = np.searchsorted(offsets, [start + 1, start + size])
+        starts = np.concatenate([[0], offsets[first:last] - start])
+        places = np.arange(size)
+        segments = np.searchsorted(starts, places, side="right")
+        row["tokens"][:size] = stream
+        row["segment_ids"][:size] = segments
+        row["positions"][:size] = places - starts[segments - 1]
+        return row
+
+
+def padding_row(seq_len: int) -> Row:
+    """A row without any token: all zeros, int32 [seq_len + 1]."""
+    names = ("tokens", "segment_ids", "positions")
+    return {name: np.zeros(seq_len + 1, np.int32) for name in names}
+
+
+def training_batches(
+    token_files: Sequence[TokenFile],
+    weights: Sequence[float] | None,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 4,
+) -> Iterator[Row]:
+    """Endless batches of int32 [batch_size / process_count, seq_len + 1] arrays, as in `Rows`.
+
+    In every epoch each row comes once, in a new order. With `weights`, each source has its own
+    epochs, and rows are drawn from the sources in these proportions. `batch_size` is global; the
+    parts of all processes, in their order, are the batch that a single process would get.
+
+    Raises UserError for fewer rows than a batch has, and for a batch that cannot be divided.
+    """
+    sources = [Rows(file, seq_len) for file in token_files]
+    num_rows = sum(map(len, sources))
+    if num_rows < batch_size:
+        raise UserError(
+            f"the training text has {num_rows} rows of model.max_seq_len={seq_len}, fewer than "
+            f"train.batch_size={batch_size}: give it more text, or set train.batch_size to "
+            f"{num_rows} or less"
+        )
+    part = _part_size(batch_size, process_count)
+    # Neighbouring seeds would share orders: Grain's shuffle adds the epoch to the seed.
+    seeds = map(int, np.random.SeedSequence(seed).generate_state(len(sources)))
+    datasets = [grain.MapDataset.source(rows) for rows in sources]
+    if weights is None:
+        rows = grain.MapDataset.concatenate(datasets).shuffle(seed=next(seeds)).repeat()
+    else:
+        endless = [d.shuffle(seed=s).repeat() for d, s in zip(datasets, seeds, strict=True)]
+        rows = grain.MapDataset.mix(endless, list(weights))
+    # One batch is as large as a process's part; the global batch is the next process_count of them.
+    mine = slice(start_step * process_count + process_index, None, process_count)
+    options = grain.ReadOptions(
+        num_threads=min(READER_THREADS, prefetch), prefetch_buffer_size=prefetch
+    )
+    return iter(rows.batch(part).slice(mine).to_iter_dataset(options))
+
+
+def validation_batches(
+    token_files: Sequence[TokenFile],
+    *,
+    seq_len: int,
+    batch_size: int,
+    limit: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Row]:
+    """Every row once, in order, in batches as `training_batches` has them.
+
+    `limit` is the largest number of batches, 0 for all. The last batch is filled up with rows of
+    padding (segment 0), so that all have the same shape in every process.
+
+    Raises UserError for a batch that cannot be divided.
+    """
+    part = _part_size(batch_size, process_count)
+    rows = grain.MapDataset.concatenate(
+        [grain.MapDataset.source(Rows(file, seq_len)) for file in token_files]
+    )
+    num_batches = -(-len(rows) // batch_size)
+    for batch in range(min(num_batches, limit or num_batches)):
+        start = batch * batch_size + process_index * part
+        chosen = [
+            rows[r] if r < len(rows) else padding_row(seq_len) for r in range(start, start + part)
+        ]
+        yield {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
+
+
+def _part_size(batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise UserError(
+            f"train.batch_size={batch_size} is not a multiple of the {process_count} processes: "
+            f"use {-(-batch_size // process_count) * process_count}"
+        )
+    return batch_size // process_count

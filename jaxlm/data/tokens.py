@@ -1,0 +1,128 @@
+"""Token files: the documents of a source as one memory-mapped stream of token ids.
+
+A token file is a folder: `tokens.bin` (every document as BOS, ids, EOS, one after the other),
+`offsets.bin` (int64: where each document begins, and the end of the last) and `manifest.json`,
+written last.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.errors import UserError
+
+FORMAT = 1
+OFFSET = np.dtype("<i8")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type that holds every id below `vocab_size`."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class TokenFile:
+    """A token file, opened for reading.
+
+    Attributes:
+        tokens: memory-mapped [num_tokens], uint16 or uint32.
+        offsets: memory-mapped [num_documents + 1], int64; document d is
+            `tokens[offsets[d]:offsets[d + 1]]`.
+        num_tokens, num_documents: with the BOS and EOS of each document.
+        num_bytes: UTF-8 bytes of the text.
+        num_skipped: documents left out for invalid UTF-8.
+        manifest: all that was recorded about how the file came to be.
+    """
+
+    def __init__(self, path: str | Path):
+        """Raises UserError where the file is incomplete or damaged."""
+        self.path = Path(path)
+        try:
+            self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_bytes())
+            found = self.manifest["format"]
+            self.num_tokens: int = self.manifest["num_tokens"]
+            self.num_documents: int = self.manifest["num_documents"]
+            self.num_bytes: int = self.manifest["num_bytes"]
+            self.num_skipped: int = self.manifest["num_skipped"]
+            dtype = np.dtype(self.manifest["dtype"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.path} is not a complete token file ({error}): prepare the data again"
+            ) from error
+        if found != FORMAT:
+            raise UserError(
+                f"{self.path} has format {found}, but this version reads {FORMAT}: prepare the "
+                "data again"
+            )
+        self.tokens = _map(self.path / "tokens.bin", dtype, self.num_tokens)
+        self.offsets = _map(self.path / "offsets.bin", OFFSET, self.num_documents + 1)
+        if self.offsets[-1] != self.num_tokens:
+            raise UserError(f"{self.path}/offsets.bin is damaged: prepare the data again")
+
+    def __repr__(self) -> str:
+        return f"TokenFile({str(self.path)!r}, {self.num_tokens} tokens)"
+
+
+class TokenWriter:
+    """Writes a token file document by document; what it holds in memory does not grow."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        path.mkdir(parents=True)
+        self.path = path
+        self.num_documents = self.num_tokens = self.num_bytes = 0
+        self._dtype = dtype
+        self._tokens = (path / "tokens.bin").open("wb", buffering=1 << 20)
+        self._offsets = (path / "offsets.bin").open("wb", buffering=1 << 16)
+        self._offsets.write(OFFSET.type(0).tobytes())
+
+    def add(self, tokens: np.ndarray, num_bytes: int) -> None:
+        """Append a document: its ids [n], BOS and EOS included, and the size of its text."""
+        self._tokens.write(tokens.astype(self._dtype, copy=False).tobytes())
+        self.num_documents += 1
+        self.num_tokens += len(tokens)
+        self.num_bytes += num_bytes
+        self._offsets.write(OFFSET.type(self.num_tokens).tobytes())
+
+    def finish(self, **facts: Any) -> None:
+        """Complete the file, with `facts` (`num_skipped` among them) in its manifest."""
+        for file in (self._tokens, self._offsets):
+            _close(file)
+        manifest = {
+            "format": FORMAT,
+            "dtype": self._dtype.str,
+            "num_tokens": self.num_tokens,
+            "num_documents": self.num_documents,
+            "num_bytes": self.num_bytes,
+            **facts,
+        }
+        file = (self.path / "manifest.json").open("wb")
+        file.write(json.dumps(manifest, indent=2).encode() + b"\n")
+        _close(file)
+
+    def close(self) -> None:
+        """Let go of the files, whether or not they are finished."""
+        self._tokens.close()
+        self._offsets.close()
+
+
+def _close(file) -> None:
+    """Close once the bytes are on the disk, so that what comes later is never there before."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _map(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+    try:
+        size = path.stat().st_size
+        if size != length * dtype.itemsize:
+            raise UserError(
+                f"{path} has {size} bytes instead of {length * dtype.itemsize}: prepare the data "
+                "again"
+            )
+        # An empty file cannot be mapped.
+        return np.memmap(path, dtype, mode="r", shape=(length,)) if length else np.empty(0, dtype)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}: prepare the data again") from error

@@ -1,0 +1,32 @@
+"""`python -m jaxlm.prepare`: tokenise the data now, so that training starts at once."""
+
+from jaxlm.cli import parse_config, run_command
+from jaxlm.data.corpus import prepare
+from jaxlm.data.tokens import TokenFile
+
+
+def main(argv: list[str]) -> None:
+    """Prepare what the config names and print what it came to. Raises UserError."""
+    config, _ = parse_config(
+        argv,
+        command="jaxlm.prepare",
+        description="Train or load the tokenizer and write the token files of data.train and "
+        "data.valid, which training then takes from the cache.",
+    )
+    prepared = prepare(config.data, config.tokenizer)
+    for name, files in (("train", prepared.train), ("valid", prepared.valid)):
+        for file in files:
+            print(f"{name}: {_summary(file)}")
+
+
+def _summary(file: TokenFile) -> str:
+    skipped = f", {file.num_skipped:,} skipped as invalid UTF-8" if file.num_skipped else ""
+    return (
+        f"{file.manifest['source']}: {file.num_documents:,} documents, {file.num_tokens:,} tokens, "
+        f"{file.num_bytes:,} bytes ({file.num_bytes / file.num_tokens:.2f} a token){skipped}"
+        f"\n  in {file.path}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -27,21 +27,8 @@ def blocked_cross_entropy(
 ) -> LossSums:
     """Cross-entropy sums in float32, holding the logits of `block` positions of each row.
 
-    Block j takes positions j, j + n, j + 2n, ... of n blocks, so that where positions are split
-    over devices every device has an equal share of every block. Backward recomputes the logits.
+    Backward recomputes the logits.
     """
-    hidden_btd = constrain(hidden_btd, "batch", "length", None)
-    length = hidden_btd.shape[1]
-    block = min(block, length)
-    count = -(-length // block)
-    padding = count * block - length
-    if padding:
-        hidden_btd = jnp.pad(hidden_btd, ((0, 0), (0, padding), (0, 0)))
-        targets_bt = jnp.pad(targets_bt, ((0, 0), (0, padding)))
-        weights_bt = jnp.pad(weights_bt, ((0, 0), (0, padding)))
-
-    def split(x):
-        return jnp.moveaxis(x.reshape(x.shape[0], block, count, *x.shape[2:]), 2, 0)
 
     @jax.checkpoint
     def one_block(sums: LossSums, inputs):
@@ -54,9 +41,21 @@ def blocked_cross_entropy(
         ), None
 
     zero = jnp.zeros((), jnp.float32)
-    blocks = split(hidden_btd), split(targets_bt), split(weights_bt.astype(jnp.float32))
+    blocks = _split(block, hidden_btd, targets_bt, weights_bt.astype(jnp.float32))
     sums, _ = jax.lax.scan(one_block, LossSums(zero, zero, zero), blocks)
     return sums
+
+
+def blocked_token_nll(hidden_btd, logits_fn: Callable, targets_bt, block: int):
+    """-log P(target) of every position, [B, T] float32, by the same blocks."""
+
+    def one_block(inputs):
+        hidden, targets = inputs
+        return token_nll(logits_fn(hidden), targets)[0]
+
+    nll = jax.lax.map(one_block, _split(block, hidden_btd, targets_bt))
+    batch, length = targets_bt.shape
+    return jnp.moveaxis(nll, 0, 2).reshape(batch, -1)[:, :length]
 
 
 def token_nll(logits_btv, targets_bt):
@@ -66,3 +65,21 @@ def token_nll(logits_btv, targets_bt):
     vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits_btv.shape, 2)
     chosen = jnp.where(vocabulary == targets_bt[:, :, None], logits_btv, 0.0).sum(-1)
     return log_z - chosen, log_z
+
+
+def _split(block: int, hidden_btd, *others_bt):
+    """Arrays [B, T, ...] as blocks [n, B, block, ...]; what is missing at the end is zeros.
+
+    Block j takes positions j, j + n, j + 2n, ... so that where positions are split over devices
+    every device has an equal share of every block.
+    """
+    hidden_btd = constrain(hidden_btd, "batch", "length", None)
+    length = hidden_btd.shape[1]
+    block = min(block, length)
+    count = -(-length // block)
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, count * block - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], block, count, *x.shape[2:]), 2, 0)
+
+    return tuple(split(x) for x in (hidden_btd, *others_bt))

@@ -1,1 +1,32 @@
-"""jaxlm: train, run and export language models in JAX, sharded over a device mesh."""
+"""jaxlm: train, run and export language models in JAX, sharded over a device mesh.
+
+import jaxlm
+
+model = jaxlm.load("runs/default")
+print(jaxlm.generate(model, "def ", max_new_tokens=64, temperature=0.8))
+print(jaxlm.score(model, "import numpy as np").logprob)
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxlm.api import LanguageModel, Score, generate, load, score
+    from jaxlm.errors import UserError
+
+__version__ = "0.1.0"
+__all__ = ["LanguageModel", "Score", "UserError", "generate", "load", "score"]
+
+# Names are looked up on first use, so that importing jaxlm is quick and starts no device.
+_HOMES = dict.fromkeys(("LanguageModel", "Score", "generate", "load", "score"), "jaxlm.api")
+_HOMES["UserError"] = "jaxlm.errors"
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxlm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

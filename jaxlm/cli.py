@@ -58,6 +58,13 @@ def parse_config(
     return config, known
 
 
+class OneSentenceParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, without the usage above it."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message)
+
+
 def run_command(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     """Run `main(argv)` as a process: one sentence for a user's mistake, and the exit code."""
     try:
@@ -187,11 +194,7 @@ def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(message)
-
-    parser = Parser(
+    parser = OneSentenceParser(
         prog=f"python -m {command}",
         description=description,
         allow_abbrev=False,

@@ -1,0 +1,296 @@
+"""jaxlm from one's own code: `load`, `generate`, `score`."""
+
+import codecs
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm.checkpoint import CONFIG, STATE, latest_sound, restore_params, step_folder, verify
+from jaxlm.cli import read_config
+from jaxlm.config import Config
+from jaxlm.decode import DecodeProgram, Sampling, build_decode_program
+from jaxlm.errors import UserError
+from jaxlm.mesh import make_mesh
+from jaxlm.models.decoder import Decoder
+from jaxlm.sharding import make_layout, split_boxes
+from jaxlm.tokenizer import Tokenizer, load_tokenizer
+
+ROWS_AT_ONCE = 64
+STOP_CHECK_TOKENS = 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A trained model on a mesh, ready to generate and score. Made by `load`."""
+
+    config: Config
+    tokenizer: Tokenizer
+    program: DecodeProgram
+    params: object
+    """In the form `program` takes."""
+    step: int
+    """The update the parameters are from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """log P(w1..wn) of a text by the chain rule."""
+
+    logprob: float
+    """Natural logarithm of the text's probability: the sum of `token_logprobs`."""
+    token_logprobs: list[float]
+    """log P(token | those before), one per token after the first."""
+    tokens: list[int]
+    """The text's token ids, the first of them beginning-of-text."""
+
+
+def load(path: str | Path, mesh: str | Mesh | None = None, dtype: str | None = None):
+    """Load a run folder (its newest sound checkpoint), or one of its step folders.
+
+    `mesh` is a text such as `"dp2,tp2"` or a Mesh; None is one device. `dtype` ("float32" or
+    "bfloat16") is the compute type; None is the run's. Where the run kept an exponential moving
+    average of its parameters, that is what is loaded. Raises UserError for a path that holds no
+    run, and for a damaged checkpoint.
+    """
+    path = Path(path)
+    folder = _find_step(path)
+    config = read_config(folder / CONFIG)
+    if dtype is not None:
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"dtype={dtype!r} is not known: use 'float32' or 'bfloat16'")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh or "dp1")
+    program = build_decode_program(Decoder(config.model), mesh)
+    params = program.prepare(load_params(folder, config, mesh))
+    return LanguageModel(
+        config, load_tokenizer(folder), program, params, int(folder.name.rpartition("_")[2])
+    )
+
+
+def load_params(path: str | Path, config: Config, mesh: Mesh):
+    """The parameters of a run or step folder, stacked, in stored shapes on `mesh`.
+
+    `config` is that of the model to be filled; a folder whose parameters have other names or
+    shapes is a UserError.
+    """
+    folder = _find_step(Path(path))
+    key = "params" if read_config(folder / CONFIG).optim.ema_decay is None else "ema"
+    boxed = jax.eval_shape(Decoder(config.model).init, jax.random.key(0))
+    layout = make_layout(*split_boxes(boxed), mesh)
+    return layout.to_stored(restore_params(folder, layout.exact, key))
+
+
+def generate(
+    model: LanguageModel | str | Path,
+    prompts: str | Sequence[str],
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] | None = None,
+    seed: int = 0,
+    num_samples: int = 1,
+    stream: bool = False,
+    mesh: str | Mesh | None = None,
+):
+    """Continue texts. A string gives a string, a list a list: the continuation alone.
+
+    `temperature=0` takes the likeliest token each time. `num_samples` above 1 gives a list for
+    each prompt. `stop` ends a text before any of these strings. `stream=True` takes one prompt and
+    gives an iterator of pieces of text, never half a character. A text also ends where the model
+    says so, after `max_new_tokens`, and at the model's `max_seq_len`.
+
+    The same seed gives the same random numbers whatever the mesh and the other prompts. `mesh`
+    goes with a path. Raises UserError for settings out of range and a prompt that leaves no room.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    _check_sampling(sampling, max_new_tokens, num_samples)
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    if "" in stops:
+        raise UserError("stop holds an empty string, which would end every text at once: drop it")
+    texts, single = _as_list(prompts, "prompts")
+    if stream and (not single or num_samples != 1):
+        raise UserError("stream=True takes one prompt (a string) and num_samples=1")
+    model = _as_model(model, mesh)
+    encoded = [_encode_prompt(model, text) for text in texts]
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "sampling": sampling,
+        "eos_id": model.tokenizer.eos_id,
+        "seed": seed,
+    }
+    if stream:
+        return _stream(model, encoded[0], stops, options)
+    rows = [row for row in encoded for _ in range(num_samples)]
+    sample_ids = [i for _ in encoded for i in range(num_samples)]
+    out: list[str] = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        out += _continue(model, rows[part], sample_ids[part], stops, options)
+    if num_samples > 1:
+        out = [out[i : i + num_samples] for i in range(0, len(out), num_samples)]
+    return out[0] if single else out
+
+
+def score(model: LanguageModel | str | Path, texts: str | Sequence[str], mesh=None):
+    """log P(w1..wn) of each text; a string gives a `Score`, a list a list of them.
+
+    Texts are tokenised as in training, beginning-of-text first. Raises UserError for a text
+    longer than the model's `max_seq_len`.
+    """
+    texts, single = _as_list(texts, "texts")
+    model = _as_model(model, mesh)
+    longest = model.config.model.max_seq_len
+    rows = [[model.tokenizer.bos_id, *ids] for ids in model.tokenizer.encode_batch(texts)]
+    for i, row in enumerate(rows):
+        if len(row) > longest + 1:
+            raise UserError(
+                f"text {i} has {len(row)} tokens, but the model was built for {longest} "
+                "(model.max_seq_len): split it"
+            )
+    scores: list[Score] = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        for row, logprobs in zip(part, model.program.score(model.params, part), strict=True):
+            total = float(np.sum(logprobs, dtype=np.float64))
+            scores.append(Score(total, [float(x) for x in logprobs], row))
+    return scores[0] if single else scores
+
+
+def _find_step(path: Path) -> Path:
+    """The step folder that `path` is or holds."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a run folder such as runs/default")
+    if (path / STATE).is_dir():
+        problem = verify(path)
+        if problem:
+            raise UserError(
+                f"checkpoint {path} is damaged ({problem}): use another step of the run"
+            )
+        return path
+    is_run, is_other = (path / CONFIG).exists(), (path / "config.json").exists()
+    if is_run and is_other:
+        raise UserError(
+            f"{path} holds both {CONFIG} (a run) and config.json (an exported model): keep them in "
+            "folders of their own"
+        )
+    if is_other:
+        raise UserError(
+            f"{path} is a Hugging Face folder, which this version cannot load yet: give a run folder"
+        )
+    if not is_run:
+        raise UserError(
+            f"{path} is not a run folder: it has no {CONFIG} and no checkpoints; give what train's "
+            "--out was, such as runs/default"
+        )
+    skipped: list[str] = []
+    step = latest_sound(path, skipped.append)
+    if step is None:
+        raise UserError(f"run {path} has no complete checkpoint yet: train it for longer")
+    return step_folder(path, step)
+
+
+def _as_model(model, mesh) -> LanguageModel:
+    if not isinstance(model, LanguageModel):
+        return load(model, mesh=mesh)
+    if mesh is not None:
+        raise UserError("mesh is for a path: a loaded model has its mesh, give it to jaxlm.load")
+    return model
+
+
+def _as_list(texts, name: str) -> tuple[list[str], bool]:
+    single = isinstance(texts, str)
+    texts = [texts] if single else list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"{name}[{i}] is {text!r}: give strings")
+    return texts, single
+
+
+def _check_sampling(sampling: Sampling, max_new_tokens: int, num_samples: int) -> None:
+    limits = (
+        ("temperature", sampling.temperature, sampling.temperature >= 0, "at least 0"),
+        ("top_k", sampling.top_k, (sampling.top_k or 0) >= 1, "at least 1"),
+        ("top_p", sampling.top_p, 0 < (sampling.top_p or 0) <= 1, "above 0 and at most 1"),
+        ("min_p", sampling.min_p, 0 <= (sampling.min_p or 0) <= 1, "from 0 to 1"),
+        (
+            "repetition_penalty",
+            sampling.repetition_penalty,
+            sampling.repetition_penalty > 0,
+            "above 0",
+        ),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("num_samples", num_samples, num_samples >= 1, "at least 1"),
+    )
+    for name, value, good, wanted in limits:
+        if value is not None and not good:
+            raise UserError(f"{name}={value} is out of range: it should be {wanted}")
+
+
+def _encode_prompt(model: LanguageModel, text: str) -> list[int]:
+    ids = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
+    longest = model.config.model.max_seq_len
+    if len(ids) >= longest:
+        raise UserError(
+            f"the prompt {text[:30]!r}... has {len(ids)} tokens and leaves no room for new ones: "
+            f"the model handles {longest} (model.max_seq_len) in all; shorten it"
+        )
+    return ids
+
+
+def _continue(model, rows, sample_ids, stops, options) -> list[str]:
+    def stopped(tokens):
+        return _cut(_text(model, tokens), stops)[1]
+
+    chunks = model.program.generate(
+        model.params,
+        rows,
+        sample_ids=sample_ids,
+        chunk=STOP_CHECK_TOKENS if stops else None,
+        stopped=stopped if stops else lambda tokens: False,
+        **options,
+    )
+    *_, tokens = chunks
+    return [_cut(_text(model, row), stops)[0] for row in tokens]
+
+
+def _stream(model, row, stops, options) -> Iterator[str]:
+    """Pieces of the continuation. What may be half a character or half a stop string waits."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text, given, read = "", 0, 0
+    for (tokens,) in model.program.generate(model.params, [row], chunk=1, **options):
+        text += decoder.decode(model.tokenizer.decode_bytes(tokens[read:]))
+        read = len(tokens)
+        whole, ended = _cut(text, stops)
+        sure = len(whole) if ended else len(text) - _possible_stop(text, stops)
+        if sure > given:
+            yield text[given:sure]
+            given = sure
+        if ended:
+            return
+    text, _ = _cut(text + decoder.decode(b"", final=True), stops)
+    if len(text) > given:
+        yield text[given:]
+
+
+def _text(model: LanguageModel, tokens: list[int]) -> str:
+    # Not `decode`, which takes away the space some tokenizers put before a text's first word.
+    return model.tokenizer.decode_bytes(tokens).decode("utf-8", errors="replace")
+
+
+def _cut(text: str, stops: list[str]) -> tuple[str, bool]:
+    """The text before the first stop string, and whether there was one."""
+    ends = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+    return (text[: min(ends)], True) if ends else (text, False)
+
+
+def _possible_stop(text: str, stops: list[str]) -> int:
+    """Characters at the end of `text` that may be the beginning of a stop string."""
+    lengths = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return max(lengths, default=0)

@@ -54,18 +54,27 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["dp"] * mesh.shape["fsdp"]
 
 
-def nearest_meshes(sizes: dict[str, int], devices: int, count: int = 3) -> list[str]:
-    """Meshes over the named axes with `devices` devices in all, those most like `sizes` first."""
-    axes = [axis for axis, n in sizes.items() if n != 1] or ["dp"]
-    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    fits = [c for c in itertools.product(divisors, repeat=len(axes)) if math.prod(c) == devices]
+def nearest_meshes(
+    sizes: dict[str, int],
+    devices: int,
+    count: int = 3,
+    works: Callable[[dict[str, int]], bool] = lambda sizes: True,
+) -> list[str]:
+    """Meshes with `devices` devices in all that `works` accepts, those most like `sizes` first.
 
-    def distance(candidate):
-        pairs = zip(candidate, (sizes[axis] for axis in axes), strict=True)
-        return sum(abs(math.log(n / max(wanted, 1))) for n, wanted in pairs)
+    Meshes over the axes that `sizes` names come before those that need another one.
+    """
+    axes = [axis for axis, n in sizes.items() if n != 1 or axis not in NOT_YET]
+    divisors = [n for n in range(devices, 0, -1) if devices % n == 0]
+    products = (c for c in itertools.product(divisors, repeat=len(axes)) if math.prod(c) == devices)
+    fits = (dict(zip(axes, product, strict=True)) for product in products)
 
-    best = sorted(fits, key=distance)[:count]
-    return [format_mesh(dict(zip(axes, c, strict=True))) for c in best]
+    def unlike(candidate):
+        new_axes = sum(n != 1 and sizes[axis] == 1 for axis, n in candidate.items())
+        ratios = (n / max(sizes[axis], 1) for axis, n in candidate.items())
+        return new_axes, sum(abs(math.log(ratio)) for ratio in ratios)
+
+    return [format_mesh(candidate) for candidate in sorted(filter(works, fits), key=unlike)[:count]]
 
 
 def _provide_cpu_devices(count: int) -> None:

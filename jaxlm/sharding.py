@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.config import MESH_AXES
+from jaxlm.config import MESH_AXES, Config
+from jaxlm.errors import UserError
+from jaxlm.mesh import nearest_meshes
 
 Axes = Sequence[str | None]
 
@@ -143,6 +145,37 @@ def storage_spec(shape: Sequence[int], axes: Axes, mesh: Mesh) -> PartitionSpec:
             entries[i] = (*_names(entries[i]), "fsdp")
             break
     return PartitionSpec(*entries)
+
+
+def check_fits(config: Config, mesh: Mesh) -> None:
+    """Raise UserError where the mesh cannot split what is never padded: heads, and rows."""
+    sizes = dict(mesh.shape)
+    wrong = _misfit(config, sizes)
+    if wrong is None:
+        return
+    works = lambda sizes: _misfit(config, sizes) is None  # noqa: E731
+    for devices in sorted(range(1, 2 * mesh.size), key=lambda n: abs(n - mesh.size)):
+        if meshes := nearest_meshes(sizes, devices, count=1, works=works):
+            raise UserError(f"{wrong}, or --mesh={meshes[0]}")
+
+
+def _misfit(config: Config, sizes: dict[str, int]) -> str | None:
+    """What does not divide evenly over a mesh of these sizes, and what would; None if all does."""
+    tp, shards = sizes["tp"], sizes["dp"] * sizes["fsdp"]
+    for key, heads in (
+        ("num_heads", config.model.num_heads),
+        ("num_kv_heads", config.model.kv_heads),
+    ):
+        if heads % tp:
+            return f"model.{key}={heads} does not divide over tp={tp}: use a multiple of {tp}"
+    rows = config.train.batch_size // config.train.accumulation
+    if rows % shards:
+        return (
+            f"train.batch_size={config.train.batch_size} with train.accumulation="
+            f"{config.train.accumulation} makes micro-batches of {rows} rows, which do not divide "
+            f"over dp x fsdp = {shards}: use a multiple of {shards} rows"
+        )
+    return None
 
 
 def split_boxes(boxed):

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from jaxlm.errors import UserError, nearest
+from jaxlm.axes import parse_mesh
+from jaxlm.errors import UserError, check_read, nearest_divisor, needs
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -44,6 +45,21 @@ class RopeScaling:
     """llama3: wavelengths below original_max_seq_len / this are left alone."""
     original_max_seq_len: Count = 8192
     """llama3: the context length before scaling."""
+
+    def __post_init__(self):
+        llama3 = needs("model.rope_scaling", self, "kind", "llama3")
+        check_read(
+            "model.rope_scaling",
+            self,
+            low_freq_factor=llama3,
+            high_freq_factor=llama3,
+            original_max_seq_len=llama3,
+        )
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"model.rope_scaling.high_freq_factor={self.high_freq_factor} must be above "
+                f"low_freq_factor={self.low_freq_factor}: raise it, or lower the other"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -93,7 +109,7 @@ class ModelConfig:
     rope_theta: Positive = 10_000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """Stretching of the rotary frequencies (global layers only)."""
+    """Stretching of the rotary frequencies, except where rope_local_theta sets them."""
     rope_local_theta: Positive | None = None
     """Base of the rotary frequencies in local layers; null: rope_theta."""
     attention_scale: Positive | None = None
@@ -140,7 +156,7 @@ class ModelConfig:
         if self.num_heads % self.kv_heads:
             raise UserError(
                 f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads="
-                f"{self.kv_heads}: use {_nearest_divisor(self.num_heads, self.kv_heads)}"
+                f"{self.kv_heads}: use {nearest_divisor(self.num_heads, self.kv_heads)}"
                 " key/value heads"
             )
         if self.positions == "rotary" and self.head_size % 2:
@@ -153,21 +169,27 @@ class ModelConfig:
                 "model.layer_pattern has local layers, but model.sliding_window is not set: "
                 "give the number of tokens they see"
             )
-        if self.sliding_window is not None and "local" not in self.layer_pattern:
+        unsupported = self.attention_softcap or self.attention_dropout
+        if self.attention in ("xla", "cudnn") and unsupported:
             raise UserError(
-                f"model.sliding_window={self.sliding_window} has no effect, because "
-                "model.layer_pattern has no local layer: add 'local' to it"
-            )
-        if self.attention == "cudnn" and (self.attention_softcap or self.attention_dropout):
-            raise UserError(
-                "model.attention=cudnn supports neither attention_softcap nor "
+                f"model.attention={self.attention} supports neither attention_softcap nor "
                 "attention_dropout: use model.attention=auto"
             )
-        if self.attention == "xla" and (self.attention_softcap or self.attention_dropout):
-            raise UserError(
-                "model.attention=xla supports neither attention_softcap nor "
-                "attention_dropout: use model.attention=auto"
-            )
+        rotary = needs("model", self, "positions", "rotary")
+        local = "local" in self.layer_pattern, "a local layer in model.layer_pattern"
+        shared = "global" in self.layer_pattern or self.rope_local_theta is None
+        base = shared, "a global layer in model.layer_pattern"
+        has_rmsnorm = self.norm == "rmsnorm" or self.qk_norm
+        check_read(
+            "model",
+            self,
+            norm_offset=(has_rmsnorm, "model.norm=rmsnorm"),
+            norm_bias=needs("model", self, "norm", "layernorm"),
+            rope_theta=base if rotary[0] else rotary,
+            rope_scaling=base if rotary[0] else rotary,
+            rope_local_theta=local if rotary[0] else rotary,
+            sliding_window=local,
+        )
 
     @property
     def kv_heads(self) -> int:
@@ -211,6 +233,13 @@ class DataConfig:
                 f"data.weights has {len(self.weights)} numbers for {len(self.train)} sources in "
                 "data.train: give one for each"
             )
+        elsewhere = {*self.train, *self.valid} != {"stdlib"}
+        check_read(
+            "data",
+            self,
+            valid_fraction=(not self.valid, "an empty data.valid"),
+            text_field=(elsewhere, "a source other than stdlib"),
+        )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -229,11 +258,9 @@ class TokenizerConfig:
     def __post_init__(self):
         if self.kind == "file" and self.path is None:
             raise UserError("tokenizer.kind=file needs tokenizer.path: a .model or tokenizer.json")
-        if self.kind != "file" and self.path is not None:
-            raise UserError(
-                f"tokenizer.path={self.path} is only read with tokenizer.kind=file, but "
-                f"tokenizer.kind={self.kind}: set tokenizer.kind=file or drop the path"
-            )
+        file = needs("tokenizer", self, "kind", "file")
+        learned = needs("tokenizer", self, "kind", "bpe", "unigram")
+        check_read("tokenizer", self, path=file, vocab_size=learned, training_mb=learned)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -258,9 +285,9 @@ class OptimConfig:
     beta1: Fraction = 0.9
     """First-moment decay (adam, adamw, lion, muon's momentum)."""
     beta2: Fraction = 0.95
-    """Second-moment decay (adam, adamw, lion)."""
+    """Second-moment decay (adam, adamw, lion, muon's share of Adam)."""
     eps: Positive = 1e-8
-    """Added to the root of the second moment (adam, adamw)."""
+    """Added to the root of the second moment (adam, adamw, muon)."""
     momentum: Fraction = 0.0
     """sgd: momentum."""
     nesterov: bool = False
@@ -273,30 +300,18 @@ class OptimConfig:
     def __post_init__(self):
         if self.nesterov and not self.momentum:
             raise UserError("optim.nesterov=true needs optim.momentum above 0, such as 0.9")
-        fields = type(self).__dataclass_fields__
-        for choice, readers in (("name", _OPTIMIZER_READS), ("schedule", _SCHEDULE_READS)):
-            chosen = getattr(self, choice)
-            for key, read_by in readers.items():
-                value = getattr(self, key)
-                if value != fields[key].default and chosen not in read_by:
-                    raise UserError(
-                        f"optim.{key}={value} has no effect with optim.{choice}={chosen}: leave it "
-                        f"out, or use {' or '.join(read_by)}"
-                    )
-
-
-# Fields that only some optimisers or schedules read.
-_OPTIMIZER_READS = {
-    "beta1": ("adam", "adamw", "lion", "muon"),
-    "beta2": ("adam", "adamw", "lion", "muon"),
-    "eps": ("adam", "adamw", "muon"),
-    "momentum": ("sgd",),
-    "nesterov": ("sgd",),
-}
-_SCHEDULE_READS = {
-    "decay_fraction": ("wsd",),
-    "final_fraction": ("linear", "cosine", "wsd"),
-}
+        sgd = needs("optim", self, "name", "sgd")
+        check_read(
+            "optim",
+            self,
+            beta1=needs("optim", self, "name", "adam", "adamw", "lion", "muon"),
+            beta2=needs("optim", self, "name", "adam", "adamw", "lion", "muon"),
+            eps=needs("optim", self, "name", "adam", "adamw", "muon"),
+            momentum=sgd,
+            nesterov=sgd,
+            decay_fraction=needs("optim", self, "schedule", "wsd"),
+            final_fraction=needs("optim", self, "schedule", "linear", "cosine", "wsd"),
+        )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -329,8 +344,10 @@ class TrainConfig:
             raise UserError(
                 f"train.batch_size={self.batch_size} is not a multiple of train.accumulation="
                 f"{self.accumulation}: use an accumulation of "
-                f"{_nearest_divisor(self.batch_size, self.accumulation)}"
+                f"{nearest_divisor(self.batch_size, self.accumulation)}"
             )
+        prompted = self.sample_prompt != "", "a train.sample_prompt"
+        check_read("train", self, sample_tokens=prompted)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -379,53 +396,3 @@ class Config:
 
     def __post_init__(self):
         parse_mesh(self.mesh)
-
-
-# The mesh's order, outermost first: what communicates least comes first, tp innermost.
-MESH_AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")
-OPEN = -1
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Read `dp4,tp2` into a size per axis of `MESH_AXES`; unnamed axes are 1, an open one `OPEN`.
-
-    Raises UserError for an unknown axis, a size that is not a positive number, an axis named
-    twice, and more than one open axis.
-    """
-    sizes = dict.fromkeys(MESH_AXES, 1)
-    named = []
-    for part in text.split(","):
-        axis = part.strip().rstrip("0123456789")
-        digits = part.strip()[len(axis) :]
-        if axis not in MESH_AXES:
-            raise UserError(
-                f"mesh={text!r}: {part.strip()!r} is not an axis and its size; write "
-                f"AXISn[,AXISn...] with axes {', '.join(MESH_AXES)}, such as dp4,tp2"
-                f"{nearest(axis, MESH_AXES)}"
-            )
-        if axis in named:
-            raise UserError(f"mesh={text!r} names axis {axis!r} twice: name it once")
-        if digits and int(digits) == 0:
-            raise UserError(f"mesh={text!r}: axis {axis!r} has size 0: use at least 1")
-        named.append(axis)
-        sizes[axis] = int(digits) if digits else OPEN
-    open_axes = [axis for axis in MESH_AXES if sizes[axis] == OPEN]
-    if len(open_axes) > 1:
-        raise UserError(
-            f"mesh={text!r} leaves {' and '.join(open_axes)} open, but only one axis can take "
-            f"what is left: give {open_axes[0]} a size"
-        )
-    return sizes
-
-
-def format_mesh(sizes: dict[str, int]) -> str:
-    """The shortest text that `parse_mesh` reads back to `sizes`."""
-    parts = [
-        axis + ("" if n == OPEN else str(n)) for axis, n in sizes.items() if n != 1 or n == OPEN
-    ]
-    return ",".join(parts) or "dp1"
-
-
-def _nearest_divisor(total: int, wanted: int) -> int:
-    divisors = [n for n in range(1, total + 1) if total % n == 0]
-    return min(divisors, key=lambda n: abs(n - wanted))

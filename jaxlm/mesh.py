@@ -4,11 +4,12 @@ import itertools
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, Mesh
 
-from jaxlm.config import MESH_AXES, OPEN, format_mesh, parse_mesh
+from jaxlm.axes import MESH_AXES, OPEN, format_mesh, parse_mesh
 from jaxlm.errors import UserError
 
 NOT_YET = {"pp": "pipeline", "ep": "expert", "cp": "context"}
@@ -97,3 +98,11 @@ def _mismatch(text: str, sizes: dict[str, int], devices: int, kind: str) -> str:
         f"mesh={text!r} does not match this machine: {product} = {total}, but there are {devices} "
         f"devices ({kind}); use {meshes}, or JAX_PLATFORMS=cpu to rehearse on virtual CPU devices"
     )
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, unless JAX was told of another."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxlm" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

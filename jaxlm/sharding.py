@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.config import MESH_AXES, Config
+from jaxlm.axes import MESH_AXES
+from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.mesh import nearest_meshes
 

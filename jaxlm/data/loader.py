@@ -75,8 +75,9 @@ def training_batches(
     """Endless batches of int32 [batch_size / process_count, seq_len + 1] arrays, as in `Rows`.
 
     In every epoch each row comes once, in a new order. With `weights`, each source has its own
-    epochs, and rows are drawn from the sources in these proportions. `batch_size` is global; the
-    parts of all processes, in their order, are the batch that a single process would get.
+    epochs, and rows are drawn from the sources in these proportions (Grain keeps them to 1 %).
+    `batch_size` is global; the parts of all processes, in their order, are the batch that a single
+    process would get.
 
     Raises UserError for fewer rows than a batch has, and for a batch that cannot be divided.
     """

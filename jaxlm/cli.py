@@ -6,6 +6,7 @@ line. Errors are one sentence with the key, the value and the nearest right one.
 
 import argparse
 import dataclasses
+import difflib
 import json
 import re
 import sys
@@ -93,7 +94,7 @@ def build_config(file: dict, overrides: dict | None = None, source: str | None =
     in_file, in_line = file.get("model", {}), overrides.get("model", {})
     default = ModelConfig.__dataclass_fields__["preset"].default
     preset = in_line.get("preset", in_file.get("preset", default))
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(
             f"model.preset={preset!r} is not known{nearest(str(preset), PRESETS)}"
             f" (presets: {', '.join(PRESETS)})"
@@ -277,7 +278,7 @@ def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> str:
     options = [option for action in parser._actions for option in action.option_strings]
     if not name.startswith("-"):
         return f"argument {argument!r} is not understood: options are written --KEY=VALUE"
-    return f"unknown option {name!r}{nearest(name, options)}"
+    return f"unknown option {name!r}{_nearest_key(name, options)}"
 
 
 def _sentence(error: dict, where: str) -> str:
@@ -290,7 +291,7 @@ def _sentence(error: dict, where: str) -> str:
     sections = sorted({k.rpartition(".")[0] for k in keys} - {""})
     key, value = ".".join(path), error["input"]
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key {key!r}{nearest(key, keys + sections)}{where}"
+        return f"unknown key {key!r}{_nearest_key(key, keys + sections)}{where}"
     key = key if key in keys else max((k for k in keys if key.startswith(k)), key=len, default=key)
     if error["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
@@ -300,6 +301,17 @@ def _sentence(error: dict, where: str) -> str:
         )
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{key}={value!r} is wrong: it should be {wanted}{where}"
+
+
+def _nearest_key(key: str, keys: list[str]) -> str:
+    """The key with the closest name, of the same section if it can be; failing that, its keys."""
+    section, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
+    everywhere = {k.rpartition(".")[2]: k for k in keys}
+    for names in (siblings, everywhere):
+        if close := difflib.get_close_matches(name, names, n=1):
+            return f"; did you mean {names[close[0]]!r}?"
+    return f": {section or 'an experiment'} has {', '.join(siblings)}"
 
 
 def _merge(base: dict, over: dict) -> dict:

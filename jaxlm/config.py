@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from jaxlm.axes import parse_mesh
 from jaxlm.errors import UserError, check_read, nearest_divisor, needs
 
-STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]

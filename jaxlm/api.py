@@ -182,7 +182,7 @@ def _find_step(path: Path) -> Path:
         )
     if is_other:
         raise UserError(
-            f"{path} is a Hugging Face folder, which this version cannot load yet: give a run folder"
+            f"{path} is a Hugging Face folder, which this version cannot load yet: give a run's"
         )
     if not is_run:
         raise UserError(

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -81,6 +82,11 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """UTF-8 of `ids`, which may begin or end inside a character: what streaming needs."""
         return b"".join(self._bytes[i] for i in ids if 0 <= i < self.vocab_size)
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of UTF-8 that each id stands for, int64 [vocab_size]."""
+        return np.array([len(content) for content in self._bytes])
 
     def save(self, folder: str | Path) -> None:
         """Write what `load_tokenizer(folder)` reads back; the model byte for byte."""

@@ -5,6 +5,7 @@ A token file is a folder: `tokens.bin` (every document as BOS, ids, EOS, one aft
 written last.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -33,6 +34,7 @@ class TokenFile:
         num_tokens, num_documents: with the BOS and EOS of each document.
         num_bytes: UTF-8 bytes of the text.
         num_skipped: documents left out for invalid UTF-8.
+        digest: a hash of all tokens in their order.
         manifest: all that was recorded about how the file came to be.
     """
 
@@ -46,6 +48,7 @@ class TokenFile:
             self.num_documents: int = self.manifest["num_documents"]
             self.num_bytes: int = self.manifest["num_bytes"]
             self.num_skipped: int = self.manifest["num_skipped"]
+            self.digest: str = self.manifest["digest"]
             dtype = np.dtype(self.manifest["dtype"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -76,10 +79,13 @@ class TokenWriter:
         self._tokens = (path / "tokens.bin").open("wb", buffering=1 << 20)
         self._offsets = (path / "offsets.bin").open("wb", buffering=1 << 16)
         self._offsets.write(OFFSET.type(0).tobytes())
+        self._digest = hashlib.blake2b(digest_size=16)
 
     def add(self, tokens: np.ndarray, num_bytes: int) -> None:
         """Append a document: its ids [n], BOS and EOS included, and the size of its text."""
-        self._tokens.write(tokens.astype(self._dtype, copy=False).tobytes())
+        content = tokens.astype(self._dtype, copy=False).tobytes()
+        self._tokens.write(content)
+        self._digest.update(content)
         self.num_documents += 1
         self.num_tokens += len(tokens)
         self.num_bytes += num_bytes
@@ -95,6 +101,7 @@ class TokenWriter:
             "num_tokens": self.num_tokens,
             "num_documents": self.num_documents,
             "num_bytes": self.num_bytes,
+            "digest": self._digest.hexdigest(),
             **facts,
         }
         file = (self.path / "manifest.json").open("wb")

@@ -1,0 +1,36 @@
+"""Arithmetic of a training step, and how much of it a device can do."""
+
+from jaxlm.config import ModelConfig
+
+# Dense bfloat16 FLOP/s of a device by the makers' data sheets, keyed by JAX's device kind.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+}
+
+
+def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """FLOPs of forward and backward per token, as PaLM counts them (Chowdhery et al., 2022).
+
+    Six for every weight of a matrix product (the head's, never the embedding lookup's) and
+    attention in full, without the causal half taken off.
+    """
+    c = config
+    heads = c.d_model * c.head_size * (2 * c.num_heads + 2 * c.kv_heads)
+    feed_forward = c.d_model * c.d_ff * (2 if c.mlp == "gelu" else 3)
+    weights = c.num_layers * (heads + feed_forward) + c.d_model * c.vocab_size
+    attention = 12 * c.num_layers * c.num_heads * c.head_size * seq_len
+    return 6.0 * weights + attention
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Peak FLOP/s of one device, or None where it is not known for this kind and type."""
+    return PEAK_FLOPS.get(device_kind) if dtype == "bfloat16" else None

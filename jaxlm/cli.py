@@ -157,7 +157,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = str(self.construct_object(key_node, deep=True))
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
@@ -275,10 +275,10 @@ def _read_value(key: str, text: str, hint) -> object:
 
 def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> str:
     name = argument.split("=")[0]
-    options = [option for action in parser._actions for option in action.option_strings]
+    options = [o.lstrip("-") for action in parser._actions for o in action.option_strings]
     if not name.startswith("-"):
         return f"argument {argument!r} is not understood: options are written --KEY=VALUE"
-    return f"unknown option {name!r}{_nearest_key(name, options)}"
+    return f"unknown option {name!r}{_nearest_key(name.lstrip('-'), options, '--')}"
 
 
 def _sentence(error: dict, where: str) -> str:
@@ -303,14 +303,14 @@ def _sentence(error: dict, where: str) -> str:
     return f"{key}={value!r} is wrong: it should be {wanted}{where}"
 
 
-def _nearest_key(key: str, keys: list[str]) -> str:
+def _nearest_key(key: str, keys: list[str], mark: str = "") -> str:
     """The key with the closest name, of the same section if it can be; failing that, its keys."""
     section, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
     everywhere = {k.rpartition(".")[2]: k for k in keys}
     for names in (siblings, everywhere):
         if close := difflib.get_close_matches(name, names, n=1):
-            return f"; did you mean {names[close[0]]!r}?"
+            return f"; did you mean {mark + names[close[0]]!r}?"
     return f": {section or 'an experiment'} has {', '.join(siblings)}"
 
 

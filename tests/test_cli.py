@@ -1,0 +1,245 @@
+"""Command lines and YAML to one experiment, and back."""
+
+import dataclasses
+import subprocess
+import sys
+import typing
+
+import pytest
+import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from jaxlm.cli import _leaves, build_config, dump_config, flatten, parse_config, read_config
+from jaxlm.config import Config
+from jaxlm.errors import NonFiniteError, UserError
+from jaxlm.presets import PRESETS
+
+
+def parse(*argv):
+    return parse_config(list(argv), "jaxlm.train", "Train.")[0]
+
+
+def refused(*argv):
+    """The one sentence that a command line is refused with."""
+    with pytest.raises(UserError) as caught:
+        parse(*argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text, name="run.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def values_for(hint):
+    """Values that a field of this type may take, most of them valid."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return values_for(arguments[0])
+    if origin is typing.Literal:
+        return st.sampled_from(arguments)
+    if origin is tuple:
+        return st.lists(values_for(arguments[0]), min_size=1, max_size=3)
+    if type(None) in arguments:
+        return st.none() | st.one_of(*map(values_for, arguments[:-1]))
+    if dataclasses.is_dataclass(hint):
+        return st.just({"kind": "llama3", "factor": 2.0})
+    return {
+        bool: st.booleans(),
+        int: st.sampled_from([1, 2, 4, 8, 64, 400, 1000]),
+        float: st.floats(1e-6, 0.9) | st.sampled_from([1e-4, 3e-4, 0.5, 1.0, 1e6]),
+        str: st.text(st.characters(codec="utf-8", exclude_characters="\0")),
+    }[hint]
+
+
+HINTS = dict(_leaves(Config))
+SPECIAL = {"model.preset": st.sampled_from(list(PRESETS)), "mesh": st.sampled_from(["dp", "tp2"])}
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_writing_and_reading_a_config_is_the_identity(data, tmp_path_factory):
+    keys = data.draw(st.lists(st.sampled_from(sorted(HINTS)), max_size=4, unique=True))
+    tree = {}
+    for key in keys:
+        value = data.draw(SPECIAL.get(key, values_for(HINTS[key])), label=key)
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+            assume(isinstance(place, dict))
+        place[name] = value
+    try:
+        config = build_config(tree)
+    except UserError:
+        assume(False)
+    path = tmp_path_factory.getbasetemp() / "identity.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert read_config(path) == config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_print_config_prints_what_reads_back(preset, yaml_file, capsys):
+    argv = f"--model.preset={preset}", "--optim.learning_rate=3e-4", "--data.train=a.txt"
+    config = parse(*argv)
+    with pytest.raises(SystemExit) as stopped:
+        parse(*argv, "--print_config")
+    assert not stopped.value.code
+    assert read_config(yaml_file(capsys.readouterr().out)) == config
+
+
+def test_the_command_line_is_over_the_file_is_over_the_preset(yaml_file):
+    path = yaml_file("model: {preset: gpt2-tiny, d_ff: 100, dropout: 0.5}\nseed: 7\n")
+    config = parse(f"--config={path}", "--model.dropout=0.25", "--train.steps=3")
+    assert config.model.positions == "learned"
+    assert (config.model.d_ff, config.model.dropout) == (100, 0.25)
+    assert (config.seed, config.train.steps) == (7, 3)
+    assert config.out == "runs/run"
+    assert parse().out == "runs/default"
+
+
+def test_a_preset_on_the_command_line_replaces_the_files(yaml_file):
+    path = yaml_file("model: {preset: gpt2-tiny, d_ff: 100}\n")
+    model = parse(f"--config={path}", "--model.preset=llama-tiny").model
+    assert (model.positions, model.d_ff) == ("rotary", 100)
+
+
+def test_a_preset_that_would_change_nothing_is_an_error(yaml_file, capsys):
+    path = yaml_file(dump_config(Config()))
+    sentence = refused(f"--config={path}", "--model.preset=gpt2-tiny")
+    assert "model.preset='gpt2-tiny' would have no effect" in sentence
+    assert str(path) in sentence
+
+
+VALUES = [
+    ("--optim.learning_rate=3e-4", "optim.learning_rate", 3e-4),
+    ("--optim.learning_rate=1", "optim.learning_rate", 1.0),
+    ("--optim.clip_norm=null", "optim.clip_norm", None),
+    ("--optim.schedule=wsd", "optim.schedule", "wsd"),
+    ("--model.norm_eps=1e-6", "model.norm_eps", 1e-6),
+    ("--model.tie_embeddings=false", "model.tie_embeddings", False),
+    ("--model.rope_scaling={factor: 2}", "model.rope_scaling.factor", 2.0),
+    ("--model.rope_scaling.factor=2", "model.rope_scaling.factor", 2.0),
+    ("--model.rope_scaling=null", "model.rope_scaling", None),
+    ("--data.train=a.txt", "data.train", ("a.txt",)),
+    ("--data.train=[a.txt, b.txt]", "data.train", ("a.txt", "b.txt")),
+    ("--train.sample_prompt=123", "train.sample_prompt", "123"),
+    ("--train.sample_prompt=a: b", "train.sample_prompt", "a: b"),
+    ("--data.cache=null", "data.cache", None),
+    ("--mesh=dp2,tp2", "mesh", "dp2,tp2"),
+]
+
+
+@pytest.mark.parametrize(("argument", "key", "value"), VALUES, ids=lambda x: str(x))
+def test_values_on_the_command_line(argument, key, value):
+    assert flatten(parse(argument))[key] == value
+
+
+MISTAKES = [
+    ("--optim.learning_rat=1", ["'--optim.learning_rat'", "did you mean '--optim.learning_rate'"]),
+    ("--steps=1", ["'--steps'", "did you mean '--train.steps'"]),
+    ("--train.step=1", ["did you mean '--train.steps'"]),
+    ("--train.steps", ["--train.steps", "expected one argument"]),
+    ("train.steps=1", ["'train.steps=1'", "--KEY=VALUE"]),
+    ("--train.steps=ten", ["train.steps='ten'", "integer"]),
+    ("--train.steps=[1", ["--train.steps='[1'", "not valid YAML"]),
+    ("--optim.name=adm", ["optim.name='adm'", "did you mean 'adam'"]),
+    ("--optim.schedule=null", ["optim.schedule=None"]),
+    ("--model.preset=gpt2-124", ["model.preset='gpt2-124'", "did you mean 'gpt2-124m'"]),
+]
+
+
+@pytest.mark.parametrize(("argument", "fragments"), MISTAKES, ids=lambda x: str(x)[:40])
+def test_a_mistake_on_the_command_line_is_one_sentence(argument, fragments):
+    sentence = refused(argument)
+    assert [fragment for fragment in fragments if fragment not in sentence] == []
+
+
+BAD_FILES = {
+    "train: {steps: 3}\ntrain: {steps: 4}\n": ["key 'train' is given twice", "line 2"],
+    "train:\n  steps: 3\n  steps: 4\n": ["key 'steps' is given twice", "line 3"],
+    "train: [": ["is not valid YAML"],
+    "- 1\n- 2\n": ["[1, 2]", "sections and keys"],
+    "train: {stepps: 3}\n": ["'train.stepps'", "did you mean 'train.steps'", "run.yaml"],
+    "train: {steps: -3}\n": ["train.steps=-3", "run.yaml"],
+    "train:\n": ["train=None", "run.yaml"],
+    "optim: {name: sgd, beta1: 0.5}\n": ["optim.beta1=0.5 has no effect", "run.yaml"],
+    "model: {? [a]: 1}\n": ["run.yaml"],
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_a_mistake_in_a_file_names_the_file(text, yaml_file):
+    sentence = refused(f"--config={yaml_file(text)}")
+    assert [fragment for fragment in BAD_FILES[text] if fragment not in sentence] == []
+
+
+def test_a_missing_file_names_the_nearest(yaml_file):
+    path = yaml_file("seed: 1\n", "small.yaml")
+    assert "did you mean 'small'" in refused(f"--config={path.with_name('smal.yaml')}")
+    assert "cannot be read" in refused(f"--config={path.parent}")
+
+
+def test_an_empty_file_is_the_defaults(yaml_file):
+    assert read_config(yaml_file("")) == Config()
+
+
+def test_numbers_in_exponent_notation_are_numbers(yaml_file):
+    config = read_config(yaml_file("optim: {learning_rate: 3e-4, eps: 1E-9}\n"))
+    assert (config.optim.learning_rate, config.optim.eps) == (3e-4, 1e-9)
+
+
+def test_help_has_every_leaf_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert not stopped.value.code
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    assert "section [" not in text
+    entries = {
+        entry.split()[0].split("=")[0]: " ".join(entry.split()) for entry in text.split("\n  --")
+    }
+    plain = yaml.safe_load(dump_config(Config()))
+    for key in HINTS:
+        assert key in entries, f"--help lacks {key}"
+        assert "[" in entries[key], f"--help gives no default for {key}"
+    assert entries["train.steps"].endswith(f"[{plain['train']['steps']}]")
+    assert entries["optim.eps"].endswith("[1e-08]")
+    assert entries["data.train"].endswith("[[stdlib]]")
+    assert "{sgd,adam,adamw,adafactor,lion,muon}" in entries["optim.name"]
+
+
+RUNNER = "from jaxlm import cli, errors\ndef main(argv): {}\ncli.run_command(main)"
+EXITS = [
+    ("raise errors.UserError('bad')", 2, "error: bad\n"),
+    ("raise errors.NonFiniteError('bad')", 3, "stopped: bad\n"),
+    ("return 75", 75, ""),
+    ("return None", 0, ""),
+]
+
+
+@pytest.mark.parametrize(("body", "code", "stderr"), EXITS)
+def test_exit_codes(body, code, stderr):
+    command = [sys.executable, "-c", RUNNER.format(body)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", stderr)
+
+
+def test_train_refuses_an_unknown_key_with_exit_code_2():
+    command = [sys.executable, "-m", "jaxlm.train", "--optim.learning_rat=1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: unknown option '--optim.learning_rat'; did you mean '--optim.learning_rate'?\n"
+    )
+
+
+def test_non_finite_is_no_user_error():
+    assert not issubclass(NonFiniteError, UserError)

@@ -24,6 +24,11 @@ SPACE_MARK = "\u2581"
 # SentencePiece drops training sentences above this many bytes; ours are cut to a quarter as many
 # characters, which never have more than four bytes each.
 SENTENCE_BYTES = 16384
+# Long texts are encoded in stretches that end before the first space of a gap. No piece reaches
+# over such a place, unless a model has pieces with a space inside.
+STRETCH = 4096
+STRETCHES = re.compile(rf"(?s).{{{STRETCH},}}?(?:(?<=[^ ])(?= )|\Z)|.+")
+INNER_SPACE = re.compile(f"[^{SPACE_MARK}]{SPACE_MARK}")
 BYTE_PIECES = 256
 SPECIAL_PIECES = ("<unk>", "<s>", "</s>")
 BEGIN_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
@@ -112,7 +117,10 @@ class SentencePieceTokenizer(Tokenizer):
         self._bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
         self._adds_space = self._processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        self._mark_ids = mark if all(map(self._processor.is_byte, mark)) else None
+        self._mark_ids = mark if all(map(self._processor.is_byte, mark)) else []
+        pieces = map(self._processor.id_to_piece, range(self.vocab_size))
+        spaces = self.decode_bytes(self._processor.encode("  a ", out_type=int))
+        self._can_cut = spaces == b"  a " and not any(map(INNER_SPACE.search, pieces))
 
     def __reduce__(self):
         return SentencePieceTokenizer, (self.model,)
@@ -126,10 +134,20 @@ class SentencePieceTokenizer(Tokenizer):
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> list[int]:
-        if SPACE_MARK not in text or self._mark_ids is None or self._adds_space:
+        if not self._can_cut:
             return self._processor.encode(text, out_type=int)
-        first, *others = self._processor.encode(text.split(SPACE_MARK), out_type=int, num_threads=1)
+        if SPACE_MARK not in text or not self._mark_ids:
+            return self._encode_long(text)
+        first, *others = map(self._encode_long, text.split(SPACE_MARK))
         return first + [i for ids in others for i in (*self._mark_ids, *ids)]
+
+    def _encode_long(self, text: str) -> list[int]:
+        # The time that SentencePiece takes grows faster than the text.
+        if len(text) <= STRETCH:
+            return self._processor.encode(text, out_type=int)
+        stretches = STRETCHES.findall(text)
+        encoded = self._processor.encode(stretches, out_type=int, num_threads=1)
+        return [i for ids in encoded for i in ids]
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -116,6 +116,17 @@ def test_training_twice_gives_the_same_bytes(trained, request):
     assert train_tokenizer(code(), TokenizerConfig(kind=kind, **SMALL)).model == trained.model
 
 
+def test_long_texts_are_encoded_as_if_in_one_stretch(trained, request):
+    text = "".join(code())[:50_000]
+    whole = sentencepiece.SentencePieceProcessor(model_proto=trained.model).encode(text)
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    if request.node.callspec.params["trained"] == "bpe":
+        assert ids == whole
+    else:  # its scores are sums in float32, whose rounding grows along a text
+        assert abs(len(ids) - len(whole)) < 5
+
+
 def test_learns_indents_newlines_and_splits_digits(trained):
     assert trained.vocab_size == SMALL["vocab_size"]
     assert (trained.bos_id, trained.eos_id) == (1, 2)

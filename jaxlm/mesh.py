@@ -91,7 +91,7 @@ def _provide_cpu_devices(count: int) -> None:
 
 
 def _mismatch(text: str, sizes: dict[str, int], devices: int, kind: str) -> str:
-    product = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n not in (1, OPEN)) or "1"
+    product = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n not in (1, OPEN)) or "dp 1"
     total = math.prod(n for n in sizes.values() if n != OPEN)
     meshes = " or ".join(f"--mesh={mesh}" for mesh in nearest_meshes(sizes, devices))
     return (

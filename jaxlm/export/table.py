@@ -1,0 +1,313 @@
+"""How a family's table is written down, and how it is read in both directions.
+
+A family is data: rows of tensors, rows of settings, and what it takes for granted. A row whose
+parameter the model at hand lacks (a bias, a separate head) is passed over, so that one table
+serves every variant of a family.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from pydantic import ValidationError
+
+from jaxlm.config import ModelConfig
+from jaxlm.errors import UserError
+from jaxlm.models.decoder import Decoder
+from jaxlm.sharding import path_name, split_boxes
+
+# What a checkpoint does not record: how to train and run, not what is computed.
+UNRECORDED = frozenset(
+    {
+        *("preset", "dtype", "attention", "stack", "remat", "dropout", "attention_dropout"),
+        *("init_mean", "init_std", "scale_residual_init"),
+    }
+)
+REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One row: their tensor, our parameter (several where theirs fuses them), the layout.
+
+    Each `{}` in `theirs` counts along a leading dimension of ours, such as layers. `layout`
+    spells the other dimensions, ours -> theirs, a letter each: brackets merge dimensions, and
+    `+` marks the one along which fused parameters are joined. "dnh->(nh)d" flattens heads and
+    transposes; "dnh->d(+nh)" puts query, key and value heads side by side.
+    """
+
+    theirs: str
+    ours: str | tuple[str, ...]
+    layout: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The paths of our parameters."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+    def to_theirs(self, parts: list[np.ndarray]) -> np.ndarray:
+        """Our parameters, one layer's, as their tensor."""
+        split = [part.transpose(self._order) for part in parts]
+        whole = split[0] if len(split) == 1 else np.concatenate(split, self._joined)
+        return whole.reshape(self.shape([part.shape for part in parts]))
+
+    def to_ours(self, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+        """Their tensor as our parameters of the given shapes."""
+        split = self._split_shapes(shapes)
+        ends = np.cumsum([shape[self._joined] for shape in split])
+        whole = tensor.reshape(self._whole(split))
+        parts = np.split(whole, ends[:-1], self._joined)
+        return [part.transpose(np.argsort(self._order)) for part in parts]
+
+    def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape of their tensor, for our parameters' shapes."""
+        sizes = iter(self._whole(self._split_shapes(shapes)))
+        groups = re.findall(r"\(\w+\)|\w", self._spelt[1].replace("+", ""))
+        return tuple(math.prod(next(sizes) for _ in group.strip("()")) for group in groups)
+
+    @property
+    def _spelt(self) -> tuple[str, str]:
+        ours, _, theirs = self.layout.partition("->")
+        return ours, theirs or ours
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        ours, theirs = self._spelt
+        return tuple(ours.index(letter) for letter in re.sub(r"[()+]", "", theirs))
+
+    @property
+    def _joined(self) -> int:
+        """The dimension along which parts are joined, before dimensions are merged."""
+        return max(re.sub(r"[()]", "", self._spelt[1]).find("+"), 0)
+
+    def _split_shapes(self, shapes):
+        return [tuple(shape[i] for i in self._order) for shape in shapes]
+
+    def _whole(self, split_shapes) -> tuple[int, ...]:
+        whole = list(split_shapes[0])
+        whole[self._joined] = sum(shape[self._joined] for shape in split_shapes)
+        return tuple(whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One row: our field, their key, and what a config.json without the key means."""
+
+    ours: str
+    theirs: str
+    default: Any = REQUIRED
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family of models: its tensors and its configuration, both ways.
+
+    Every field of ModelConfig that has no row in `settings` and is not in `fixed` must stand at
+    its default, so a model that the family cannot express is refused.
+    """
+
+    model_type: str
+    architecture: str
+    tensors: tuple[Tensor, ...]
+    settings: tuple[Setting, ...]
+    fixed: Mapping[str, Any]
+    """Our fields that the family implies."""
+    expected: Mapping[str, Any]
+    """Their settings that must have this value where they are given; written as such."""
+    prefix: str = ""
+    """Begins the names of the body's tensors; a checkpoint of the body alone leaves it out."""
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Tensors that may be stored a second time, under these names, where they are tied."""
+    buffers: str = r"(?!)"
+    """A pattern of names that older checkpoints carry and that hold nothing learned."""
+    read: Callable[[dict], dict] = dict
+    """Brings their settings into the form `settings` names."""
+    write: Callable[[dict], dict] = dict
+    """Undoes `read`."""
+
+    def to_theirs(self, params, config: ModelConfig) -> dict[str, np.ndarray]:
+        """Our parameters under their names and in their layout; types are kept.
+
+        Raises UserError for a parameter that the family has no place for.
+        """
+        ours = _by_path(params)
+        rows = self._rows(_shapes(config))
+        tensors = {}
+        for row in rows:
+            parts = [np.asarray(ours[path]) for path in row.parts]
+            for index in _counted(row, parts[0].shape):
+                tensors[row.theirs.format(*index)] = row.to_theirs([part[index] for part in parts])
+        return tensors
+
+    def to_ours(self, tensors: Mapping[str, Any], config: ModelConfig):
+        """Their tensors as our parameters, float32, layers stacked [L, ...].
+
+        Raises UserError for a tensor that is missing, not known, or of another shape.
+        """
+        shapes = _shapes(config)
+        rows = self._rows(shapes)
+        tensors = self._canonical(tensors, config)
+        self._check(tensors, rows, shapes)
+        ours = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+        for row in rows:
+            for index in _counted(row, shapes[row.parts[0]]):
+                tensor = np.asarray(tensors[row.theirs.format(*index)])
+                parts = row.to_ours(tensor, [shapes[path][len(index) :] for path in row.parts])
+                for path, part in zip(row.parts, parts, strict=True):
+                    ours[path][index] = part
+        return _as_tree(ours)
+
+    def config_to_ours(self, settings: Mapping[str, Any]) -> ModelConfig:
+        """Their config.json as a ModelConfig.
+
+        Raises UserError for a setting that is missing or that changes what is computed in a way
+        the decoder does not offer.
+        """
+        for key, value in self.expected.items():
+            if settings.get(key, value) != value:
+                raise UserError(
+                    f"config.json of a {self.model_type} model has {key}={settings[key]!r}, but "
+                    f"jaxlm computes {key}={value!r} only"
+                )
+        try:
+            settings = self.read(dict(settings))
+            fields = dict(self.fixed)
+            for row in self.settings:
+                fields[row.ours] = settings.get(row.theirs, row.default)
+                if fields[row.ours] is REQUIRED:
+                    raise UserError(
+                        f"config.json of a {self.model_type} model has no {row.theirs!r}"
+                    )
+            return ModelConfig(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(
+                f"config.json of a {self.model_type} model: {where}: {first['msg']}"
+            ) from None
+
+    def config_to_theirs(self, config: ModelConfig) -> dict[str, Any]:
+        """A ModelConfig as their config.json. Raises UserError for what they cannot express."""
+        self._check_fixed(config)
+        ours = _resolved(config)
+        settings = {"model_type": self.model_type, "architectures": [self.architecture]}
+        settings |= self.expected
+        written = {}
+        for row in self.settings:
+            if ours[row.ours] is None and row.default is REQUIRED:
+                raise UserError(f"model.{row.ours} is not set, but {self.model_type} records it")
+            if settings.get(row.theirs, ours[row.ours]) != ours[row.ours]:
+                raise UserError(
+                    f"model.{row.ours}={ours[row.ours]} does not fit model.{written[row.theirs]}="
+                    f"{settings[row.theirs]}: {self.model_type} has one {row.theirs!r} for both"
+                )
+            settings[row.theirs] = ours[row.ours]
+            written[row.theirs] = row.ours
+        return self.write(settings)
+
+    def _rows(self, shapes: Mapping[str, tuple]) -> list[Tensor]:
+        """The rows that this model has parameters for, which must be all of its parameters."""
+        rows = [row for row in self.tensors if row.parts[0] in shapes]
+        homeless = shapes.keys() - {path for row in rows for path in row.parts}
+        if homeless:
+            raise UserError(
+                f"{self.model_type} checkpoints have no place for {_listed(homeless)}: "
+                "export the model as another family"
+            )
+        return rows
+
+    def _canonical(self, tensors: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+        """The tensors by their full names, without buffers and second copies."""
+        if self.prefix and not any(name.startswith(self.prefix) for name in tensors):
+            tensors = {self.prefix + name: tensor for name, tensor in tensors.items()}
+        tensors = {n: t for n, t in tensors.items() if not re.search(self.buffers, n)}
+        for copy, original in self.copies.items():
+            if not config.tie_embeddings or not {copy, original} <= tensors.keys():
+                continue
+            if not np.array_equal(tensors.pop(copy), tensors[original]):
+                raise UserError(
+                    f"{copy} differs from {original}, but the checkpoint says they are tied: "
+                    "set tie_word_embeddings to false in its config.json"
+                )
+        return tensors
+
+    def _check(self, tensors: Mapping[str, Any], rows: list[Tensor], shapes: Mapping[str, tuple]):
+        """Raise UserError unless the tensors are exactly those of the rows."""
+        wanted = {}
+        for row in rows:
+            for index in _counted(row, shapes[row.parts[0]]):
+                one = [shapes[path][len(index) :] for path in row.parts]
+                wanted[row.theirs.format(*index)] = row.shape(one)
+        missing, extra = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+        if missing or extra:
+            sentences = [
+                f"{fault} {_listed(names)}"
+                for fault, names in (("lacks", missing), ("has unknown", extra))
+                if names
+            ]
+            raise UserError(f"the {self.model_type} checkpoint {' and '.join(sentences)}")
+        for name, shape in wanted.items():
+            if tuple(tensors[name].shape) != shape:
+                raise UserError(
+                    f"tensor {name} of the {self.model_type} checkpoint has shape "
+                    f"{tuple(tensors[name].shape)}, but its configuration asks for {shape}"
+                )
+
+    def _check_fixed(self, config: ModelConfig):
+        """Raise UserError where a field that the family does not record has another value."""
+        free = UNRECORDED | {row.ours for row in self.settings}
+        defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+        implied = {k: v for k, v in (defaults | dict(self.fixed)).items() if k not in free}
+        ours = _resolved(config)
+        theirs = _resolved(config, **implied)
+        for name in implied:
+            if ours[name] != theirs[name]:
+                raise UserError(
+                    f"model.{name}={ours[name]!r} cannot be written as {self.model_type}, which "
+                    f"implies {name}={theirs[name]!r}"
+                )
+
+
+def _counted(row: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """The indices that fill the `{}` of a row's name: one empty index where there is none."""
+    return np.ndindex(shape[: row.theirs.count("{}")])
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by its path."""
+    params, _ = split_boxes(jax.eval_shape(Decoder(config).init, jax.random.key(0)))
+    return {path: leaf.shape for path, leaf in _by_path(params).items()}
+
+
+def _by_path(tree) -> dict[str, Any]:
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _as_tree(by_path: Mapping[str, Any]) -> dict:
+    tree: dict = {}
+    for path, leaf in by_path.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _resolved(config: ModelConfig, **changes) -> dict[str, Any]:
+    """The fields of a configuration, changed, with heads as they come out."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} | changes
+    fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
+    fields["head_dim"] = fields["head_dim"] or fields["d_model"] // fields["num_heads"]
+    return fields
+
+
+def _listed(names: Iterable[str], most: int = 4) -> str:
+    """The first few of a set of names, and how many more there are."""
+    names = sorted(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

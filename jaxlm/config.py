@@ -207,7 +207,7 @@ class DataConfig:
     """Where text comes from and how it becomes rows."""
 
     train: Names = ("stdlib",)
-    """Training text: files, folders, globs, .jsonl[.gz|.zst], .parquet, hf:NAME, or stdlib."""
+    """Files, folders, globs, .jsonl[.gz|.zst], .parquet, hf:NAME[@CONFIG][:SPLIT], or stdlib."""
     weights: Weights | None = None
     """Share of rows drawn from each training source; null: by their size."""
     valid: Names = ()

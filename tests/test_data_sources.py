@@ -18,7 +18,8 @@ from jaxlm.errors import UserError
 
 
 def read(spec, counts=None, **settings):
-    return list(read_documents(str(spec), DataConfig(**settings), counts or Counts()))
+    spec = str(spec)
+    return list(read_documents(spec, DataConfig(train=(spec,), **settings), counts or Counts()))
 
 
 def write(path, content):

@@ -1,0 +1,1 @@
+"""Data: sources -> documents -> token files -> batches addressed by their step."""

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.checkpoint import CONFIG, STATE, latest_sound, restore_params, step_folder, verify
+from jaxlm.checkpoint import CONFIG, restore_params
 from jaxlm.cli import read_config
 from jaxlm.config import Config
 from jaxlm.decode import DecodeProgram, Sampling, build_decode_program
 from jaxlm.errors import UserError
 from jaxlm.mesh import make_mesh
 from jaxlm.models.decoder import Decoder
+from jaxlm.run_folder import find_step
 from jaxlm.sharding import make_layout, split_boxes
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
@@ -57,7 +58,7 @@ def load(path: str | Path, mesh: str | Mesh | None = None, dtype: str | None = N
     run, and for a damaged checkpoint.
     """
     path = Path(path)
-    folder = _find_step(path)
+    folder = find_step(path)
     config = read_config(folder / CONFIG)
     if dtype is not None:
         if dtype not in ("float32", "bfloat16"):
@@ -77,7 +78,7 @@ def load_params(path: str | Path, config: Config, mesh: Mesh):
     `config` is that of the model to be filled; a folder whose parameters have other names or
     shapes is a UserError.
     """
-    folder = _find_step(Path(path))
+    folder = find_step(Path(path))
     key = "params" if read_config(folder / CONFIG).optim.ema_decay is None else "ema"
     boxed = jax.eval_shape(Decoder(config.model).init, jax.random.key(0))
     layout = make_layout(*split_boxes(boxed), mesh)
@@ -161,39 +162,6 @@ def score(model: LanguageModel | str | Path, texts: str | Sequence[str], mesh=No
             total = float(np.sum(logprobs, dtype=np.float64))
             scores.append(Score(total, [float(x) for x in logprobs], row))
     return scores[0] if single else scores
-
-
-def _find_step(path: Path) -> Path:
-    """The step folder that `path` is or holds."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give a run folder such as runs/default")
-    if (path / STATE).is_dir():
-        problem = verify(path)
-        if problem:
-            raise UserError(
-                f"checkpoint {path} is damaged ({problem}): use another step of the run"
-            )
-        return path
-    is_run, is_other = (path / CONFIG).exists(), (path / "config.json").exists()
-    if is_run and is_other:
-        raise UserError(
-            f"{path} holds both {CONFIG} (a run) and config.json (an exported model): keep them in "
-            "folders of their own"
-        )
-    if is_other:
-        raise UserError(
-            f"{path} is a Hugging Face folder, which this version cannot load yet: give a run's"
-        )
-    if not is_run:
-        raise UserError(
-            f"{path} is not a run folder: it has no {CONFIG} and no checkpoints; give what train's "
-            "--out was, such as runs/default"
-        )
-    skipped: list[str] = []
-    step = latest_sound(path, skipped.append)
-    if step is None:
-        raise UserError(f"run {path} has no complete checkpoint yet: train it for longer")
-    return step_folder(path, step)
 
 
 def _as_model(model, mesh) -> LanguageModel:

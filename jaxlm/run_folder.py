@@ -4,10 +4,10 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
-from jaxlm.checkpoint import latest_sound, step_folder
+from jaxlm.checkpoint import CONFIG, STATE, latest_sound, step_folder, verify
 from jaxlm.cli import flatten, read_config
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared
@@ -17,6 +17,41 @@ from jaxlm.tokenizer import Tokenizer, load_tokenizer
 # What a continued run may change: nothing here touches the numbers of an update.
 CHANGEABLE = ("mesh", "out", "log.", "checkpoint.", "data.cache", "data.workers", "data.prefetch")
 CHANGEABLE += ("train.eval_every", "train.sample_")
+
+
+def find_step(path: Path) -> Path:
+    """The step folder that `path` is, or the newest sound one of the run that it is.
+
+    Raises UserError for a path that is neither and for a damaged checkpoint.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a run folder such as runs/default")
+    if (path / STATE).is_dir():
+        problem = verify(path)
+        if problem:
+            raise UserError(
+                f"checkpoint {path} is damaged ({problem}): use another step of the run"
+            )
+        return path
+    is_run, is_other = (path / CONFIG).exists(), (path / "config.json").exists()
+    if is_run and is_other:
+        raise UserError(
+            f"{path} holds both {CONFIG} (a run) and config.json (an exported model): keep them in "
+            "folders of their own"
+        )
+    if is_other:
+        raise UserError(
+            f"{path} is a Hugging Face folder, which this version cannot load yet: give a run's"
+        )
+    if not is_run:
+        raise UserError(
+            f"{path} is not a run folder: it has no {CONFIG} and no checkpoints; give what train's "
+            "--out was, such as runs/default"
+        )
+    step = latest_sound(path, _warn)
+    if step is None:
+        raise UserError(f"run {path} has no complete checkpoint yet: train it for longer")
+    return step_folder(path, step)
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -32,9 +67,7 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     )
 
 
-def check_same_run(
-    run: Path, config: Config, prepared: Prepared, report: Callable[[str], None]
-) -> None:
+def check_same_run(run: Path, config: Config, prepared: Prepared) -> None:
     """Make sure that a run in `run`, if there is one, is this one, and note its data.
 
     Raises UserError with the differences, and where `init_from` has another tokenizer.
@@ -44,8 +77,8 @@ def check_same_run(
         "train": [file.digest for file in prepared.train],
         "valid": [file.digest for file in prepared.valid],
     }
-    if (run / "config.yaml").exists():
-        old, new = flatten(read_config(run / "config.yaml")), flatten(config)
+    if (run / CONFIG).exists():
+        old, new = flatten(read_config(run / CONFIG)), flatten(config)
         changed = [key for key in new if new[key] != old[key] and not key.startswith(CHANGEABLE)]
         if new["train.steps"] >= old["train.steps"]:
             changed = [key for key in changed if key != "train.steps"]
@@ -65,9 +98,7 @@ def check_same_run(
                 "that data, or give another --out"
             )
     elif config.init_from is not None:
-        folder = Path(config.init_from)
-        step = latest_sound(folder, report) if (folder / "checkpoints").exists() else None
-        theirs = load_tokenizer(step_folder(folder, step) if step is not None else folder)
+        theirs = load_tokenizer(find_step(Path(config.init_from)))
         if theirs.fingerprint != prepared.tokenizer.fingerprint:
             raise UserError(
                 f"init_from={config.init_from} was trained with another tokenizer: set "
@@ -99,3 +130,7 @@ def write_atomically(path: Path, text: str) -> None:
     new = path.with_suffix(".new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -63,7 +63,7 @@ def train_step(state: TrainState, batch: Batch, *, model, optimizer, schedule, c
     gradients, sums = accumulate(
         jax.grad(loss_fn, has_aux=True), state.params, batch, config.train.accumulation
     )
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     rate = schedule(state.step)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     config = with_vocabulary(config, prepared.tokenizer)
     check_fits(config, mesh)
     with locked(run):
-        check_same_run(run, config, prepared, _say)
+        check_same_run(run, config, prepared)
         trainer = Trainer(config, mesh, prepared)
         with trainer:
             return trainer.run()

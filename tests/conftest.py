@@ -1,5 +1,59 @@
-"""Every test sees eight virtual CPU devices."""
+"""Every test sees eight virtual CPU devices; runs and corpora that tests share."""
+
+import random
+from pathlib import Path
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+TINY_RUN = {
+    "model.d_model": 32,
+    "model.num_layers": 2,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.d_ff": 64,
+    "model.max_seq_len": 64,
+    "tokenizer.vocab_size": 320,
+    "train.steps": 60,
+    "train.batch_size": 8,
+    "train.eval_every": 30,
+    "train.eval_batches": 2,
+    "train.sample_tokens": 4,
+    "train.sample_prompt": "a",
+    "optim.warmup_steps": 5,
+    "optim.learning_rate": 0.01,
+    "checkpoint.every_steps": 30,
+    "data.workers": 1,
+    "mesh": "dp2,tp2",
+}
+
+
+def tiny_arguments(**changes) -> list[str]:
+    """A command line for a tiny run; a changed key is written with `__` for its dot."""
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"--{key}={value}" for key, value in (TINY_RUN | changes).items()]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Forty short documents of a hundred made-up words, some of them not ASCII."""
+    choose = random.Random(0)
+    words = ["".join(choose.choices("abcdefghijklmnopé你😀", k=5)) for _ in range(100)]
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        (folder / f"{i:03}.txt").write_text(" ".join(choose.choices(words, k=200)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_run(corpus, tmp_path_factory) -> Path:
+    """A run folder of a tiny model, trained on `corpus`; do not write into it."""
+    from jaxlm import train
+
+    home = tmp_path_factory.mktemp("trained")
+    code = train.main(tiny_arguments(data__train=corpus, data__cache=home, out=home / "run"))
+    assert code == 0
+    return home / "run"

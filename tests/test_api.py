@@ -1,0 +1,159 @@
+"""`jaxlm.load`, `generate` and `score` on a trained run."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.data.loader import Rows
+from jaxlm.monitor import read_metrics
+
+
+@pytest.fixture(scope="module")
+def model(trained_run):
+    return jaxlm.load(trained_run)
+
+
+def test_a_string_gives_a_string_and_a_list_a_list(model):
+    one = jaxlm.generate(model, "ab", max_new_tokens=5, temperature=0)
+    assert isinstance(one, str) and one
+    assert jaxlm.generate(model, ["ab", "c"], max_new_tokens=5, temperature=0)[0] == one
+    assert jaxlm.generate(model, [], max_new_tokens=5) == []
+    several = jaxlm.generate(model, ["ab", "c"], max_new_tokens=5, num_samples=3)
+    assert [len(samples) for samples in several] == [3, 3]
+    assert len(set(several[0])) > 1
+
+
+def test_a_text_does_not_depend_on_its_neighbours_or_the_mesh(model, trained_run):
+    settings = {"max_new_tokens": 12, "temperature": 0.9, "top_p": 0.95, "seed": 5}
+    alone = jaxlm.generate(model, "abc", **settings)
+    assert jaxlm.generate(model, ["a much longer text", "abc"], **settings)[1] == alone
+    assert jaxlm.generate(trained_run, "abc", mesh="dp2,tp2", **settings) == alone
+    assert jaxlm.generate(model, "abc", **settings | {"seed": 6}) != alone
+
+
+def test_the_stream_is_the_text(model):
+    for prompt in ("a", "é你", "😀b"):
+        settings = {"max_new_tokens": 24, "temperature": 1.0, "seed": 1}
+        pieces = list(jaxlm.generate(model, prompt, stream=True, **settings))
+        assert "".join(pieces) == jaxlm.generate(model, prompt, **settings)
+        assert all(pieces) and len(pieces) > 1
+        assert not any("\ufffd" in piece for piece in pieces[:-1])
+
+
+def test_a_stop_string_ends_the_text_before_it(model):
+    whole = jaxlm.generate(model, "ab", max_new_tokens=40, temperature=0)
+    stop = whole[8:10]
+    settings = {"max_new_tokens": 40, "temperature": 0, "stop": ["never there", stop]}
+    cut = jaxlm.generate(model, "ab", **settings)
+    assert cut == whole[: whole.index(stop)]
+    assert "".join(jaxlm.generate(model, "ab", stream=True, **settings)) == cut
+
+
+def test_the_score_is_the_chain_rule_and_agrees_with_generation(model):
+    text = "abc de"
+    score = jaxlm.score(model, text)
+    assert score.tokens == [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
+    assert len(score.token_logprobs) == len(score.tokens) - 1
+    assert score.logprob == pytest.approx(sum(score.token_logprobs), rel=1e-6)
+    longer = jaxlm.score(model, text + " f")
+    shared = len(score.tokens) - 2
+    np.testing.assert_allclose(
+        longer.token_logprobs[:shared], score.token_logprobs[:shared], rtol=1e-4
+    )
+    scores = jaxlm.score(model, [text, "", text * 3])
+    assert scores[0].logprob == pytest.approx(score.logprob, rel=1e-5)
+    assert scores[1].logprob == 0 and scores[1].token_logprobs == []
+
+
+def test_the_score_agrees_with_the_validation_loss(model, trained_run):
+    from jaxlm.data.corpus import prepare
+
+    config = model.config
+    prepared = prepare(config.data, config.tokenizer, lambda line: None)
+    rows = Rows(prepared.valid[0], config.model.max_seq_len)
+    nats = targets = 0.0
+    for row in (rows[i] for i in range(min(len(rows), 16))):
+        # The documents of a row, each from its own beginning: what the model may see of them.
+        for segment in range(1, row["segment_ids"].max() + 1):
+            tokens = row["tokens"][row["segment_ids"] == segment].tolist()
+            if len(tokens) > 1:
+                nats -= model.program.score(model.params, [tokens])[0].sum()
+                targets += len(tokens) - 1
+    expected = read_metrics(trained_run / "metrics.jsonl")[-1]["valid_loss"]
+    assert nats / targets == pytest.approx(expected, rel=1e-5)
+
+
+def test_bfloat16_is_close(model, trained_run):
+    half = jaxlm.load(trained_run, dtype="bfloat16")
+    ours, theirs = (jaxlm.score(m, "abc de fgh").logprob for m in (half, model))
+    assert ours == pytest.approx(theirs, rel=0.03) and ours != theirs
+
+
+def test_a_step_folder_is_loaded_as_it_is(trained_run):
+    first = jaxlm.load(trained_run / "checkpoints" / "step_00000030")
+    assert (first.step, jaxlm.load(trained_run).step) == (30, 60)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0 is out of range"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"min_p": 2.0}, "min_p=2.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"stop": ""}, "empty string"),
+        ({"prompts": "ab " * 200}, "leaves no room"),
+        ({"prompts": ["a", 3]}, "prompts[1] is 3"),
+        ({"prompts": ["a"], "stream": True}, "stream=True takes one prompt"),
+        ({"mesh": "dp2"}, "give it to jaxlm.load"),
+    ],
+)
+def test_settings_out_of_range_are_one_sentence(model, settings, words):
+    with pytest.raises(jaxlm.UserError) as error:
+        jaxlm.generate(model, **{"prompts": "a"} | settings)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_paths_that_hold_no_run_are_one_sentence(trained_run, tmp_path):
+    both, neither, other, early = (
+        tmp_path / name for name in ("both", "neither", "other", "early")
+    )
+    for folder in (both, neither, other, early):
+        folder.mkdir()
+    for folder in (both, other):
+        (folder / "config.json").write_text("{}")
+    for folder in (both, early):
+        shutil.copy(trained_run / "config.yaml", folder)
+    for path, words in {
+        both: "keep them in folders of their own",
+        neither: "is not a run folder",
+        other: "Hugging Face",
+        early: "no complete checkpoint yet",
+        tmp_path / "nowhere": "does not exist",
+    }.items():
+        with pytest.raises(jaxlm.UserError, match=words):
+            jaxlm.load(path)
+    with pytest.raises(jaxlm.UserError, match="float16"):
+        jaxlm.load(trained_run, dtype="float16")
+
+
+def test_a_text_longer_than_the_model_is_an_error(model):
+    with pytest.raises(jaxlm.UserError, match="built for 64"):
+        jaxlm.score(model, "ab " * 200)
+
+
+def test_importing_is_quick_to_do_and_starts_nothing():
+    program = (
+        "import sys, jaxlm; assert 'jax' not in sys.modules; "
+        "import jaxlm.sample, jaxlm.train, jaxlm.api, jaxlm.decode; "
+        "assert callable(jaxlm.generate) and callable(jaxlm.score) and callable(jaxlm.load); "
+        "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

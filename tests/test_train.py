@@ -1,0 +1,155 @@
+"""The training command, in one process: what it writes, and what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import tiny_arguments
+
+from jaxlm import train
+from jaxlm.checkpoint import complete_steps
+from jaxlm.cli import read_config
+from jaxlm.errors import NonFiniteError, UserError
+from jaxlm.monitor import read_metrics
+
+
+@pytest.fixture
+def arguments(corpus, trained_run, tmp_path):
+    """A tiny run into a folder of its own, with the trained run's token cache."""
+
+    def build(**changes):
+        places = {"data__train": corpus, "data__cache": trained_run.parent, "out": tmp_path / "run"}
+        return tiny_arguments(**(places | changes))
+
+    return build
+
+
+def test_the_run_folder_holds_what_is_promised(trained_run):
+    lines = read_metrics(trained_run / "metrics.jsonl")
+    updates = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in updates] == list(range(1, 61))
+    named = "step tokens loss learning_rate grad_norm tokens_per_second step_seconds"
+    assert set(named.split()) <= set(updates[0])
+    assert updates[-1]["tokens"] == 60 * 8 * 64
+    valid = [line for line in lines if "valid_loss" in line]
+    assert [line["step"] for line in valid] == [30, 60]
+    for line in valid:
+        assert line["valid_perplexity"] == pytest.approx(np.exp(line["valid_loss"]))
+    assert valid[-1]["valid_loss"] < valid[0]["valid_loss"] < updates[0]["loss"]
+    assert complete_steps(trained_run) == [30, 60]
+    assert any((trained_run / "tensorboard").iterdir())
+    config = read_config(trained_run / "config.yaml")
+    assert config.model.vocab_size == 320 and config.train.steps == 60
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(trained_run, corpus):
+    # Every byte of the validation text is a target but for row ends, which overlap: so the sum of
+    # nats over the bytes can be had from the public score of whole documents, too.
+    import jaxlm
+
+    line = read_metrics(trained_run / "metrics.jsonl")[-1]
+    tokenizer = jaxlm.load(trained_run).tokenizer
+    texts = [path.read_text() for path in corpus.iterdir()]
+    bytes_per_token = np.mean([len(t.encode()) / (len(tokenizer.encode(t)) + 1) for t in texts])
+    expected = line["valid_loss"] / np.log(2) / bytes_per_token
+    assert line["valid_bits_per_byte"] == pytest.approx(expected, rel=0.02)
+
+
+def test_a_finished_run_stays_as_it_is(arguments, trained_run, tmp_path, capsys):
+    shutil.copytree(trained_run, tmp_path / "run")
+    assert train.main(arguments()) == 0
+    assert "already at step 60 of 60" in capsys.readouterr().out
+    ours, theirs = (read_metrics(r / "metrics.jsonl") for r in (tmp_path / "run", trained_run))
+    assert ours == theirs
+
+
+def test_non_finite_updates_stop_the_run_with_an_explanation(arguments):
+    with pytest.raises(NonFiniteError, match="3 updates in a row"):
+        train.main(
+            arguments(
+                optim__name="sgd",
+                optim__learning_rate=1e30,
+                optim__warmup_steps=0,
+                optim__clip_norm="null",
+                train__max_nonfinite=3,
+            )
+        )
+
+
+def test_skipped_updates_are_counted_in_the_metrics(arguments, tmp_path):
+    with pytest.raises(NonFiniteError):
+        train.main(
+            arguments(
+                optim__name="sgd",
+                optim__learning_rate=1e30,
+                optim__warmup_steps=0,
+                optim__clip_norm="null",
+                train__max_nonfinite=3,
+            )
+        )
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["skipped"] == 3
+
+
+def test_training_starts_from_another_run(arguments, trained_run, tmp_path):
+    assert train.main(arguments(init_from=trained_run, train__steps=1)) == 0
+    first = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss"]
+    last = read_metrics(trained_run / "metrics.jsonl")[-2]["loss"]
+    assert first == pytest.approx(last, abs=0.3)
+
+
+def test_what_cannot_be_is_one_sentence(arguments, trained_run, corpus, tmp_path):
+    cases = {
+        "does not exist": {"init_from": tmp_path / "nowhere"},
+        "another tokenizer": {"init_from": trained_run, "tokenizer__vocab_size": 330},
+        "less than the tokenizer's 320": {"model__vocab_size": 310},
+        "layers/attention": {"init_from": trained_run, "model__d_ff": 128, "model__num_layers": 3},
+        "cannot be made": {"out": corpus / "000.txt" / "run"},
+        "does not exist or": {"data__train": tmp_path / "nowhere"},
+        "leaves no room": {"train__sample_prompt": "a b c d e f g h i j " * 10},
+        "pip install 'jaxlm[wandb]'": {"log__wandb_project": "p"},
+        "rows": {"train__batch_size": 4096},
+    }
+    for words, changes in cases.items():
+        with pytest.raises(UserError) as error:
+            train.main(arguments(**changes))
+        message = str(error.value)
+        assert words in message, message
+        assert "\n" not in message
+
+
+def test_other_data_in_the_same_run_is_refused(arguments, trained_run, corpus, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    (text / "000.txt").write_text("something else entirely")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(corpus), str(text)))
+    with pytest.raises(UserError, match="was trained on other data"):
+        train.main(arguments(data__train=text, train__steps=61))
+
+
+def test_two_trainers_cannot_share_a_folder(arguments, tmp_path):
+    from jaxlm.run_folder import locked
+
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training"):
+        train.main(arguments())
+
+
+def test_the_exit_code_of_a_mistake_is_two():
+    result = subprocess.run(
+        [sys.executable, "-m", "jaxlm.train", "--optim.learning_rat=1"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip() == (
+        "error: unknown option '--optim.learning_rat'; did you mean '--optim.learning_rate'?"
+    )
+
+
+def test_the_data_note_names_tokenizer_and_token_files(trained_run):
+    note = json.loads((trained_run / "data.json").read_text())
+    assert set(note) == {"tokenizer", "train", "valid"}

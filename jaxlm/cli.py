@@ -6,6 +6,7 @@ line. Errors are one sentence with the key, the value and the nearest right one.
 
 import argparse
 import dataclasses
+import errno
 import difflib
 import json
 import re
@@ -76,8 +77,19 @@ def run_command(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     except NonFiniteError as error:
         print(f"stopped: {error}", file=sys.stderr)
         code = EXIT_NONFINITE
+    except KeyboardInterrupt:
+        code = 130
     except BrokenPipeError:
         code = 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            f"error: no space left on the disk ({error.filename or 'while writing'}); what was "
+            "complete is intact: free some and run the same command again",
+            file=sys.stderr,
+        )
+        code = EXIT_USER_ERROR
     sys.exit(code or 0)
 
 

@@ -7,13 +7,14 @@ import json
 import sys
 from pathlib import Path
 
-from jaxlm.checkpoint import CONFIG, STATE, latest_sound, step_folder, verify
-from jaxlm.cli import flatten, read_config
+from jaxlm.checkpoint import CONFIG, STATE, complete_steps, latest_sound, step_folder, verify
+from jaxlm.cli import dump_config, flatten, read_config
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
+DATA = "data.json"
 # What a continued run may change: nothing here touches the numbers of an update.
 CHANGEABLE = ("mesh", "out", "log.", "checkpoint.", "data.cache", "data.workers", "data.prefetch")
 CHANGEABLE += ("train.eval_every", "train.sample_")
@@ -67,8 +68,8 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     )
 
 
-def check_same_run(run: Path, config: Config, prepared: Prepared) -> None:
-    """Make sure that a run in `run`, if there is one, is this one, and note its data.
+def claim(run: Path, config: Config, prepared: Prepared) -> None:
+    """Make sure that a run in `run`, if there is one, is this one, and note its config and data.
 
     Raises UserError with the differences, and where `init_from` has another tokenizer.
     """
@@ -77,20 +78,9 @@ def check_same_run(run: Path, config: Config, prepared: Prepared) -> None:
         "train": [file.digest for file in prepared.train],
         "valid": [file.digest for file in prepared.valid],
     }
-    if (run / CONFIG).exists():
-        old, new = flatten(read_config(run / CONFIG)), flatten(config)
-        changed = [key for key in new if new[key] != old[key] and not key.startswith(CHANGEABLE)]
-        if new["train.steps"] >= old["train.steps"]:
-            changed = [key for key in changed if key != "train.steps"]
-        if changed:
-            differences = ", ".join(f"{key}={old[key]} there, {new[key]} now" for key in changed)
-            raise UserError(
-                f"{run} holds a run with another configuration ({differences}): give the same, or "
-                "another --out"
-            )
-    noted = run / "data.json"
-    if noted.exists():
-        before = json.loads(noted.read_text())
+    if _has_begun(run):
+        _check_config(run, config)
+        before = json.loads((run / DATA).read_text())
         changed = [name for name in data if before[name] != data[name]]
         if changed:
             raise UserError(
@@ -104,7 +94,21 @@ def check_same_run(run: Path, config: Config, prepared: Prepared) -> None:
                 f"init_from={config.init_from} was trained with another tokenizer: set "
                 "tokenizer.kind=file and tokenizer.path to the one in its newest step folder"
             )
-    write_atomically(noted, json.dumps(data))
+    write_atomically(run / DATA, json.dumps(data))
+    write_atomically(run / CONFIG, dump_config(config))
+
+
+def _check_config(run: Path, config: Config) -> None:
+    old, new = flatten(read_config(run / CONFIG)), flatten(config)
+    changed = [key for key in new if new[key] != old[key] and not key.startswith(CHANGEABLE)]
+    if new["train.steps"] >= old["train.steps"]:
+        changed = [key for key in changed if key != "train.steps"]
+    if changed:
+        differences = ", ".join(f"{key}={old[key]} there, {new[key]} now" for key in changed)
+        raise UserError(
+            f"{run} holds a run with another configuration ({differences}): give the same, or "
+            "another --out"
+        )
 
 
 @contextlib.contextmanager
@@ -123,6 +127,12 @@ def locked(run: Path):
                 f"another process is training in {run}: wait for it, or give another --out"
             ) from None
         yield
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether there is anything of the run that another one could spoil."""
+    metrics = run / "metrics.jsonl"
+    return bool(complete_steps(run)) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -26,7 +26,7 @@ from jaxlm.mesh import enable_compilation_cache, make_mesh
 from jaxlm.models.decoder import Decoder
 from jaxlm.monitor import Display, Meter, MetricsLog
 from jaxlm.optim import learning_rate, make_optimizer
-from jaxlm.run_folder import check_same_run, locked, with_vocabulary, write_atomically
+from jaxlm.run_folder import claim, locked, with_vocabulary
 from jaxlm.sharding import check_fits
 from jaxlm.step import TrainState, build_program
 from jaxlm.tasks.language_modelling import Batch, compressed_bits, make_batch, validation_metrics
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     config = with_vocabulary(config, prepared.tokenizer)
     check_fits(config, mesh)
     with locked(run):
-        check_same_run(run, config, prepared)
+        claim(run, config, prepared)
         trainer = Trainer(config, mesh, prepared)
         with trainer:
             return trainer.run()
@@ -81,7 +81,6 @@ class Trainer:
 
     def __enter__(self) -> "Trainer":
         config = self.config
-        write_atomically(self.run_folder / "config.yaml", dump_config(config))
         self.checkpoints = Checkpoints(
             self.run_folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
         )

@@ -57,3 +57,18 @@ def trained_run(corpus, tmp_path_factory) -> Path:
     code = train.main(tiny_arguments(data__train=corpus, data__cache=home, out=home / "run"))
     assert code == 0
     return home / "run"
+
+
+@pytest.fixture
+def quick_compile():
+    """Compile in less time to slower code, for tests of many small programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def strict():
+    """No silent promotion of types or ranks. Optax and parts of Flax raise under it."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield

@@ -6,8 +6,8 @@ line. Errors are one sentence with the key, the value and the nearest right one.
 
 import argparse
 import dataclasses
-import errno
 import difflib
+import errno
 import json
 import re
 import sys

@@ -1,6 +1,7 @@
 """The decoder against transformers' models, and against itself run in other ways."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.nn.attention import Places
 from jaxlm.nn.layers import Dropout
 from jaxlm.sharding import split_boxes
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "strict")
 
 LAYER = "model.layers.{}."
 # transformers' sizes: an odd vocabulary, 3 query heads to a key head, heads wider than D / N.
@@ -91,11 +94,11 @@ CASES = [
     Case("mistral", "Mistral", {"sliding_window": 5}, {
         "sliding_window": 5, "layer_pattern": ("local",), "tie_embeddings": False,
     }),
-    Case("qwen2", "Qwen2", {"head_dim": None}, {
+    Case("qwen2", "Qwen2", {"head_dim": 6}, {
         "head_dim": None, "qkv_bias": True, "tie_embeddings": False,
     }),
     Case("qwen2-window", "Qwen2", {
-        "head_dim": None, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
+        "head_dim": 6, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
     }, {
         "head_dim": None, "qkv_bias": True, "tie_embeddings": False,
         "sliding_window": 4, "layer_pattern": ("global", "local", "local"),
@@ -145,7 +148,7 @@ def imported(family: Family, model, config: ModelConfig):
 
 
 def tokens_of(vocab_size: int, shape=(2, 23), seed=0):
-    return np.random.default_rng(seed).integers(0, vocab_size, shape)
+    return np.random.default_rng(seed).integers(0, vocab_size, shape, np.int32)
 
 
 def whole(shape):
@@ -153,23 +156,25 @@ def whole(shape):
     return Places(jnp.broadcast_to(jnp.arange(shape[1]), shape))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def run(config: ModelConfig, params, tokens, places=None, dropout=None):
+    """Logits of every position."""
     decoder = Decoder(config)
-    tokens = jnp.asarray(tokens, jnp.int32)
     hidden = decoder.hidden(params, tokens, places or whole(tokens.shape), dropout)
     return decoder.logits(params, hidden)
 
 
-def mean_loss(config: ModelConfig, params, tokens):
-    """Cross-entropy of each token after the first, as transformers' `labels` asks for it."""
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_logits(config: ModelConfig, params, tokens):
+    """The mean cross-entropy that transformers' `labels` asks for, and all logits."""
     decoder = Decoder(config)
-    tokens = jnp.asarray(tokens, jnp.int32)
-    hidden = decoder.hidden(params, tokens[:, :-1], whole(tokens[:, 1:].shape))
-    weights = jnp.ones(tokens[:, 1:].shape)
+    hidden = decoder.hidden(params, tokens, whole(tokens.shape))
+    targets = jnp.roll(tokens, -1, axis=1)
+    weights = jnp.ones(tokens.shape).at[:, -1].set(0.0)
     sums = blocked_cross_entropy(
-        hidden, lambda x: decoder.logits(params, x), tokens[:, 1:], weights, 5
+        hidden, lambda x: decoder.logits(params, x), targets, weights, block=5
     )
-    return sums.nats / sums.weight
+    return sums.nats / sums.weight, decoder.logits(params, hidden)
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -184,9 +189,10 @@ def assert_same_model(family: Family, model, config: ModelConfig):
     params = imported(family, model, config)
     tokens = tokens_of(config.vocab_size)
     with torch.no_grad():
-        theirs = model(torch.tensor(tokens), labels=torch.tensor(tokens))
-    assert_close(run(config, params, tokens), theirs.logits)
-    assert_close(mean_loss(config, params, tokens), theirs.loss)
+        theirs = model(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long())
+    loss, logits = loss_and_logits(config, params, tokens)
+    assert_close(logits, theirs.logits)
+    assert_close(loss, theirs.loss)
 
 
 @pytest.mark.parametrize(
@@ -224,41 +230,54 @@ def test_gradients_are_those_of_autograd():
     model = reference("Llama", **SIZES)
     config = LLAMA.config_to_ours(model.config.to_dict())
     params, tokens = imported(LLAMA, model, config), tokens_of(config.vocab_size)
-    model(torch.tensor(tokens), labels=torch.tensor(tokens)).loss.backward()
-    ours = LLAMA.to_theirs(jax.grad(lambda p: mean_loss(config, p, tokens))(params), config)
+    model(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long()).loss.backward()
+    gradients, _ = jax.grad(loss_and_logits, argnums=1, has_aux=True)(config, params, tokens)
+    ours = LLAMA.to_theirs(gradients, config)
     for name, parameter in model.named_parameters():
         assert_close(ours[name], parameter.grad, 3e-5)
 
 
 def tiny(**fields) -> ModelConfig:
-    defaults = {"vocab_size": 31, "d_model": 16, "num_layers": 5, "num_heads": 4, "d_ff": 24}
+    defaults = {"vocab_size": 31, "d_model": 16, "num_layers": 2, "num_heads": 4, "d_ff": 24}
     return ModelConfig(**defaults | {"num_kv_heads": 2, "init_std": 0.2} | fields)
 
 
-def params_of(config: ModelConfig, seed=0):
-    return split_boxes(Decoder(config).init(jax.random.key(seed)))[0]
-
-
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("stack", ["scan", "unroll"])
-def test_stacks_run_alike(stack, remat):
-    base = tiny(
-        layer_pattern=("local", "global"), sliding_window=3, dropout=0.2, attention_dropout=0.2
+def params_of(config: ModelConfig):
+    """Any parameters, quickly."""
+    draw = np.random.default_rng(0).normal
+    boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0))
+    return jax.tree.map(
+        lambda p: jnp.asarray(draw(0, 0.3, p.shape), p.dtype), split_boxes(boxed)[0]
     )
-    params, tokens = params_of(base), tokens_of(31, (2, 8))
 
-    def outcome(config):
-        drop = Dropout(jax.random.key(3), jnp.arange(2))
 
-        def loss(params):
-            logits = run(config, params, tokens, dropout=drop)
-            return jnp.square(logits).mean(), logits
+@functools.cache
+def initial(config: ModelConfig):
+    """The parameters a run starts from."""
+    return jax.jit(lambda key: split_boxes(Decoder(config).init(key))[0])(jax.random.key(0))
 
-        return jax.jit(jax.grad(loss, has_aux=True))(params)
 
-    expected = outcome(dataclasses.replace(base, stack="unroll"))
-    actual = outcome(dataclasses.replace(base, stack=stack, remat=remat))
-    jax.tree.map(lambda a, b: assert_close(a, b, 3e-6), actual, expected)
+@functools.cache
+def outcome(stack: str, remat: str):
+    """Gradients and logits of three layers of two kinds, dropout included."""
+    config = tiny(num_layers=3, layer_pattern=("local", "global"), sliding_window=3, dropout=0.2)
+    params, tokens = params_of(config), tokens_of(31, (2, 8))
+    config = dataclasses.replace(config, stack=stack, remat=remat)
+    drop = Dropout(jax.random.key(3, impl="unsafe_rbg"), jnp.arange(2))
+
+    def loss(params):
+        logits = run(config, params, tokens, dropout=drop)
+        return jnp.square(logits).mean(), logits
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+
+@pytest.mark.parametrize(
+    ("stack", "remat"),
+    [("scan", "none"), ("scan", "dots"), ("scan", "full"), ("unroll", "full")],
+)
+def test_stacks_run_alike(stack, remat):
+    jax.tree.map(assert_close, outcome(stack, remat), outcome("unroll", "none"))
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned", "none"])
@@ -266,7 +285,7 @@ def test_a_packed_document_reads_like_the_document_alone(positions):
     config = tiny(positions=positions, layer_pattern=("local", "global"), sliding_window=3)
     params = params_of(config)
     first, second = tokens_of(31, (1, 6)), tokens_of(31, (1, 5), seed=1)
-    packed = np.concatenate([first, second, np.zeros((1, 2), int)], 1)
+    packed = np.concatenate([first, second, np.zeros((1, 2), np.int32)], 1)
     places = Places(
         jnp.array([[*range(6), *range(5), 0, 1]]), jnp.array([[1] * 6 + [2] * 5 + [0] * 2])
     )
@@ -285,49 +304,41 @@ def test_bfloat16_stays_close_and_gives_float32_logits():
     assert np.abs(rough - exact).max() > 0
 
 
+WIDE = {"d_model": 64, "d_ff": 96, "init_std": 0.1, "tie_embeddings": False}
+
+
 def test_initial_matrices_have_the_mean_and_deviation_asked_for():
-    config = tiny(d_model=64, d_ff=96, init_mean=0.5, init_std=0.1, tie_embeddings=False)
-    params = params_of(config)
-    plain = 0.1
-    residual = 0.1 / (2 * 5) ** 0.5
-    for names, deviation in (
-        (("embed", "embedding"), plain),
-        (("head", "kernel"), plain),
-        (("layers", "attention", "q", "kernel"), plain),
-        (("layers", "mlp", "up", "kernel"), plain),
-        (("layers", "attention", "out", "kernel"), residual),
-        (("layers", "mlp", "down", "kernel"), residual),
+    params = initial(tiny(init_mean=0.5, **WIDE))
+    layers, residual = params["layers"], 0.1 / (2 * 2) ** 0.5
+    for matrix, deviation in (
+        (params["embed"]["embedding"], 0.1),
+        (params["head"]["kernel"], 0.1),
+        (layers["attention"]["q"]["kernel"], 0.1),
+        (layers["mlp"]["up"]["kernel"], 0.1),
+        (layers["attention"]["out"]["kernel"], residual),
+        (layers["mlp"]["down"]["kernel"], residual),
     ):
-        matrix = params
-        for name in names:
-            matrix = matrix[name]
         assert matrix.dtype == jnp.float32
-        assert abs(matrix.mean() - 0.5) < 5 * deviation / matrix.size**0.5, names
-        assert abs(matrix.std() / deviation - 1) < 5 / matrix.size**0.5, names
-
-
-def test_residual_scaling_can_be_left_out():
-    config = tiny(d_model=64, scale_residual_init=False)
-    assert abs(params_of(config)["layers"]["mlp"]["down"]["kernel"].std() / 0.2 - 1) < 0.03
+        assert abs(matrix.mean() - 0.5) < 5 * deviation / matrix.size**0.5
+        assert abs(matrix.std() / deviation - 1) < 5 / matrix.size**0.5
 
 
 def test_a_layer_starts_the_same_however_many_there_are():
-    few, many = (params_of(tiny(num_layers=n, scale_residual_init=False))["layers"] for n in (2, 5))
+    same = {"scale_residual_init": False, "qkv_bias": True, "norm_offset": 1.0}
+    few, many = (initial(tiny(num_layers=n, **WIDE | same))["layers"] for n in (2, 3))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[:2]), few, many)
     kernel = many["attention"]["q"]["kernel"]
     assert not np.array_equal(kernel[0], kernel[1])
+    # Here the sub-layers' last matrices are not scaled down, and norms and biases start as
+    # the identity.
+    assert abs(many["mlp"]["down"]["kernel"].std() / 0.1 - 1) < 0.05
+    assert not np.any(many["attention_norm"]["scale"])
+    assert not np.any(many["attention"]["q"]["bias"])
 
 
 def test_only_an_untied_model_has_a_head():
     assert "head" not in params_of(tiny())
     assert params_of(tiny(tie_embeddings=False))["head"]["kernel"].shape == (16, 31)
-
-
-def test_norms_and_biases_start_as_the_identity():
-    config = tiny(norm_offset=1.0, qkv_bias=True)
-    layers = params_of(config)["layers"]
-    assert not np.any(layers["attention_norm"]["scale"])
-    assert not np.any(layers["attention"]["q"]["bias"])
 
 
 def test_a_decoder_needs_a_vocabulary():

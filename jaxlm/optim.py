@@ -78,18 +78,17 @@ def _optimizer(config: OptimConfig, axes) -> optax.GradientTransformation:
         return optax.lion(1.0, b1, b2, weight_decay=decay, mask=decays)
     if config.name == "adafactor":
         return optax.chain(optax.adafactor(1.0), _decoupled(decay))
-    return muon(
+    update = muon(
         1.0,
         beta=b1,
         eps=config.eps,
-        weight_decay=decay,
-        weight_decay_mask=decays,
         adam_b1=b1,
         adam_b2=b2,
-        adam_weight_decay=decay,
         muon_weight_dimension_numbers=lambda params: _muon_dimensions(params, axes),
         consistent_rms=0.2,  # updates as large as AdamW's (Liu et al., 2025): one learning rate
     )
+    # Muon's own decay knows no mask for the parameters it leaves to Adam.
+    return optax.chain(update, _decoupled(decay))
 
 
 def _decoupled(decay: float) -> optax.GradientTransformation:

@@ -1,0 +1,157 @@
+"""Attention against PyTorch's, given the mask in full."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlm.errors import UserError
+from jaxlm.nn.attention import Places, attention
+from jaxlm.nn.layers import Dropout
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "strict")
+
+BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 7, 6, 2, 4
+PACKED = Places(
+    jnp.array([[0, 1, 2, 3, 0, 1, 2], [0, 0, 1, 2, 3, 4, 5]]),
+    jnp.array([[1, 1, 1, 1, 2, 2, 2], [1, 2, 2, 2, 2, 2, 2]]),
+)
+WHOLE = Places(jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH)))
+
+
+def inputs(seed=0):
+    draw = np.random.default_rng(seed).normal
+    return tuple(
+        draw(size=(BATCH, LENGTH, heads, HEAD_DIM)).astype(np.float32)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+
+
+def mask_of(places: Places, window=None) -> np.ndarray:
+    """[B, T, S], element by element from the definition."""
+    positions = np.asarray(places.positions)
+    segments = np.zeros_like(positions) if places.segments is None else np.asarray(places.segments)
+    mask = np.zeros((*positions.shape, positions.shape[1]), bool)
+    for b, t, s in np.ndindex(mask.shape):
+        ago = positions[b, t] - positions[b, s]
+        seen = ago >= 0 and (window is None or ago < window)
+        mask[b, t, s] = seen and segments[b, t] == segments[b, s]
+    return mask
+
+
+def torch_attention(q, k, v, mask, scale):
+    """PyTorch's, heads second there and third here."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.tensor(mask)[:, None], scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2)
+
+
+def softcapped_attention(q, k, v, mask, scale, cap):
+    """In NumPy, float64, one query head at a time."""
+    out = np.zeros(q.shape)
+    for n in range(q.shape[2]):
+        kv = n // (q.shape[2] // k.shape[2])
+        scores = np.einsum("bth,bsh->bts", q[:, :, n], k[:, :, kv].astype(np.float64)) * scale
+        scores = np.where(mask, cap * np.tanh(scores / cap), -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out[:, :, n] = np.einsum("bts,bsh->bth", weights, v[:, :, kv])
+    return out
+
+
+@pytest.mark.parametrize("backend", ["plain", "xla"])
+@pytest.mark.parametrize("window", [None, 3], ids=["full", "window"])
+@pytest.mark.parametrize("places", [WHOLE, PACKED], ids=["whole", "packed"])
+def test_values_and_gradients_are_those_of_pytorch(places, window, backend):
+    arrays = inputs()
+    scale = 0.7
+    leaves = [torch.tensor(x, requires_grad=True) for x in arrays]
+    theirs = torch_attention(*leaves, mask_of(places, window), scale)
+    theirs.square().sum().backward()
+
+    def loss(q, k, v):
+        out = attention(
+            q, k, v, queries=places, keys=places, scale=scale, window=window, backend=backend
+        )
+        return jnp.square(out).sum(), out
+
+    gradients, ours = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    np.testing.assert_allclose(ours, theirs.detach(), atol=2e-6)
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        np.testing.assert_allclose(gradient, leaf.grad, atol=2e-5)
+
+
+def test_softcap_is_the_formula():
+    q, k, v = inputs()
+    ours = attention(q, k, v, queries=PACKED, keys=PACKED, scale=2.0, softcap=1.5)
+    theirs = softcapped_attention(q, k, v, mask_of(PACKED), 2.0, 1.5)
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+@jax.jit
+def packed_attention(q, k, v, places):
+    return attention(q, k, v, queries=places, keys=places, scale=0.5, window=4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_segments_and_positions(data):
+    def rows(low, high):
+        cells = st.lists(st.integers(low, high), min_size=LENGTH, max_size=LENGTH)
+        return np.array([data.draw(cells) for _ in range(BATCH)], np.int32)
+
+    places = Places(jnp.asarray(rows(0, 9)), jnp.asarray(rows(0, 3)))
+    arrays = inputs(seed=1)
+    theirs = torch_attention(*map(torch.tensor, arrays), mask_of(places, window=4), 0.5)
+    np.testing.assert_allclose(packed_attention(*arrays, places), theirs, atol=2e-6)
+
+
+def test_keys_may_stand_elsewhere_than_queries():
+    """As in decoding: the last two queries against all keys."""
+    q, k, v = inputs()
+    last = jax.tree.map(lambda x: x[:, -2:], PACKED)
+    ours = attention(q[:, -2:], k, v, queries=last, keys=PACKED, scale=0.5)
+    whole = attention(q, k, v, queries=PACKED, keys=PACKED, scale=0.5)
+    np.testing.assert_allclose(ours, whole[:, -2:], atol=1e-6)
+
+
+def test_a_query_that_sees_nothing_stays_finite():
+    q, k, v = inputs()
+    nowhere = dataclasses.replace(PACKED, segments=PACKED.segments + 9)
+    out = attention(q, k, v, queries=nowhere, keys=PACKED, scale=0.5)
+    assert np.isfinite(out).all()
+
+
+def test_scores_are_float32_whatever_the_inputs():
+    q, k, v = (x.astype(jnp.bfloat16) for x in inputs())
+    rough = attention(q, k, v, queries=PACKED, keys=PACKED, scale=0.5)
+    exact = attention(
+        *(x.astype(np.float32) for x in (q, k, v)), queries=PACKED, keys=PACKED, scale=0.5
+    )
+    assert rough.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rough.astype(np.float32), exact, atol=0.02)
+
+
+def test_dropout_falls_on_probabilities():
+    q, k, _ = inputs()
+    ones = np.ones((BATCH, LENGTH, KV_HEADS, HEAD_DIM), np.float32)
+    drop = Dropout(jax.random.key(0), jnp.arange(BATCH))
+    out = attention(
+        q, k, ones, queries=WHOLE, keys=WHOLE, scale=0.1, dropout=drop, dropout_rate=0.5
+    )
+    # The first query sees itself alone: all or nothing. The rest average one over many.
+    assert set(np.unique(out[:, 0])) == {0.0, 2.0}
+    assert abs(out.mean() - 1) < 0.4
+
+
+@pytest.mark.parametrize("places", [WHOLE, PACKED], ids=["float32", "packed"])
+def test_cudnn_is_refused_where_it_cannot_mask_or_compute(places):
+    with pytest.raises(UserError, match="use model"):
+        attention(*inputs(), queries=places, keys=places, scale=1.0, backend="cudnn")

@@ -184,10 +184,8 @@ class Family:
                     )
             return ModelConfig(**fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
             raise UserError(
-                f"config.json of a {self.model_type} model: {where}: {first['msg']}"
+                f"config.json of a {self.model_type} model: {_sentence(error)}"
             ) from None
 
     def config_to_theirs(self, config: ModelConfig) -> dict[str, Any]:
@@ -304,6 +302,13 @@ def _resolved(config: ModelConfig, **changes) -> dict[str, Any]:
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or fields["d_model"] // fields["num_heads"]
     return fields
+
+
+def _sentence(error: ValidationError) -> str:
+    """What is wrong with a configuration: ours to say, or else the first of pydantic's errors."""
+    first = error.errors()[0]
+    where = "".join(f"{part}={first['input']!r}: " for part in first["loc"])
+    return str(first.get("ctx", {}).get("error", where + first["msg"]))
 
 
 def _listed(names: Iterable[str], most: int = 4) -> str:

@@ -1,0 +1,172 @@
+"""The small modules against PyTorch's and transformers' own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from jaxlm.config import ModelConfig, RopeScaling
+from jaxlm.nn.layers import MLP, Dense, Dropout, Embed, Norm, apply_rope, rope_angles
+from jaxlm.sharding import split_boxes
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "strict")
+
+EPS = 1e-3
+NARROW = {"d_model": 8, "num_heads": 4}
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def as_torch(x):
+    return torch.tensor(np.asarray(x))
+
+
+def with_params(module, x):
+    """A module's parameters drawn anew, so that no scale is one and no bias zero."""
+    shapes, _ = split_boxes(jax.eval_shape(module.init, jax.random.key(0), x))
+    return jax.tree.map(lambda s: jnp.asarray(normal(*s.shape, seed=1)), shapes)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rmsnorm(offset):
+    x, norm = normal(2, 3, 8), Norm("rmsnorm", EPS, offset)
+    params = with_params(norm, x)
+    scale = as_torch(params["params"]["scale"])
+    theirs = torch.nn.functional.rms_norm(as_torch(x), (8,), scale + offset, EPS)
+    np.testing.assert_allclose(norm.apply(params, x), theirs, atol=2e-6)
+    if offset:
+        gemma = GemmaRMSNorm(8, EPS)
+        gemma.weight.data = scale
+        np.testing.assert_allclose(norm.apply(params, x), gemma(as_torch(x)).detach(), atol=2e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layernorm(bias):
+    x, norm = normal(2, 3, 8) + 5, Norm("layernorm", EPS, use_bias=bias)
+    params = with_params(norm, x)
+    assert ("bias" in params["params"]) == bias
+    weights = [
+        as_torch(params["params"][name]) for name in (("scale", "bias") if bias else ["scale"])
+    ]
+    theirs = torch.nn.functional.layer_norm(as_torch(x), (8,), *weights, eps=EPS)
+    np.testing.assert_allclose(norm.apply(params, x), theirs, atol=5e-6)
+
+
+def test_norms_are_computed_in_float32_and_returned_as_given():
+    x, norm = jnp.asarray(normal(4, 64) * 100, jnp.bfloat16), Norm("rmsnorm", 1e-6)
+    params = with_params(norm, x)
+    y = norm.apply(params, x)
+    exact = norm.apply(params, x.astype(jnp.float32))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (None, {"rope_type": "default"}),
+        (RopeScaling(kind="linear", factor=4.0), {"rope_type": "linear", "factor": 4.0}),
+        (
+            RopeScaling("llama3", 8.0, 1.0, 4.0, 32),
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+    ],
+    ids=["plain", "linear", "llama3"],
+)
+def test_rotary_positions(ours, theirs):
+    head_dim, theta = 16, 50.0
+    positions = np.array([[0, 1, 2, 30, 31], [0, 5, 0, 1, 90]])
+    config = LlamaConfig(
+        hidden_size=32,
+        num_attention_heads=2,
+        head_dim=head_dim,
+        max_position_embeddings=128,
+        rope_parameters={"rope_theta": theta, **theirs},
+    )
+    x = normal(2, 5, 3, head_dim)
+    cos, sin = LlamaRotaryEmbedding(config)(as_torch(x), as_torch(positions))
+    turned, _ = apply_rotary_pos_emb(as_torch(x), as_torch(x), cos, sin, unsqueeze_dim=2)
+    angles = rope_angles(jnp.asarray(positions), head_dim, theta, ours)
+    np.testing.assert_allclose(apply_rope(jnp.asarray(x), angles), turned, atol=2e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["swiglu", "geglu", "gelu"])
+def test_mlp(kind, bias):
+    x = normal(2, 3, 8)
+    module = MLP(ModelConfig(**NARROW, d_ff=12, mlp=kind, mlp_bias=bias), jnp.float32)
+    params = with_params(module, x)
+
+    def linear(name, x):
+        layer = params["params"][name]
+        y = x @ as_torch(layer["kernel"])
+        return y + as_torch(layer["bias"]) if bias else y
+
+    def gelu(x):
+        return torch.nn.functional.gelu(x, approximate="tanh")
+
+    hidden = linear("up", as_torch(x))
+    if kind == "gelu":
+        hidden = gelu(hidden)
+    else:
+        act = torch.nn.functional.silu if kind == "swiglu" else gelu
+        hidden = act(linear("gate", as_torch(x))) * hidden
+    np.testing.assert_allclose(module.apply(params, x), linear("down", hidden), atol=2e-5)
+
+
+def test_dense_contracts_several_dimensions():
+    x = normal(2, 3, 4, 5)
+    dense = Dense((6, 7), (None,) * 4, jnp.float32, 0.0, 0.1, use_bias=True, num_in=2)
+    params = with_params(dense, x)
+    kernel, bias = params["params"]["kernel"], params["params"]["bias"]
+    expected = torch.tensordot(as_torch(x), as_torch(kernel), 2) + as_torch(bias)
+    np.testing.assert_allclose(dense.apply(params, x), expected, atol=1e-5)
+
+
+def test_embed_looks_up_rows_in_the_compute_type():
+    embed = Embed(9, ModelConfig(**NARROW), jnp.bfloat16)
+    ids = jnp.array([[3, 0, 8]])
+    params = with_params(embed, ids)
+    table = params["params"]["embedding"].astype(jnp.bfloat16)
+    np.testing.assert_array_equal(embed.apply(params, ids), table[np.array(ids)])
+
+
+def drop(rows, rate=0.25, site=0, seed=0, layer=0, shape=(64, 8)):
+    dropout = Dropout(jax.random.key(seed), jnp.asarray(rows)).layer(layer)
+    return np.asarray(dropout(jnp.ones((len(rows), *shape)), rate, site))
+
+
+def test_dropout_zeroes_at_its_rate_and_keeps_the_mean():
+    y = drop(range(16))
+    assert set(np.unique(y)) == {np.float32(0), np.float32(1) / np.float32(0.75)}
+    # Five standard deviations of the mean of 8,192 draws.
+    assert abs((y == 0).mean() - 0.25) < 5 * (0.25 * 0.75 / y.size) ** 0.5
+
+
+def test_dropout_belongs_to_the_global_row_however_the_batch_is_split():
+    whole = drop(range(6))
+    np.testing.assert_array_equal(whole[3:], drop([3, 4, 5]))
+    np.testing.assert_array_equal(whole[::2], drop([0, 2, 4]))
+    assert not np.array_equal(whole[0], whole[1])
+
+
+def test_dropout_differs_by_key_layer_and_site():
+    masks = [drop([0]), drop([0], seed=1), drop([0], site=1), drop([0], layer=1)]
+    for i, one in enumerate(masks):
+        assert all(not np.array_equal(one, other) for other in masks[:i])
+
+
+def test_no_rate_is_no_dropout():
+    np.testing.assert_array_equal(drop([0, 1], rate=0.0), np.ones((2, 64, 8)))

@@ -1,7 +1,4 @@
-"""Checkpoints of Hugging Face transformers: one table per family, read in both directions.
-
-Import path: `FAMILIES` by their `model_type`; each translates tensors and configuration.
-"""
+"""Checkpoints of Hugging Face transformers: one table per family, read in both directions."""
 
 from jaxlm.errors import UserError, nearest
 from jaxlm.export.gpt2 import GPT2

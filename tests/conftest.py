@@ -59,9 +59,12 @@ def trained_run(corpus, tmp_path_factory) -> Path:
     return home / "run"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_compile():
-    """Compile in less time to slower code, for tests of many small programs."""
+    """Compile in less time to slower code, for tests of many small programs.
+
+    For a whole module, because a change of it compiles everything again.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

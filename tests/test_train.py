@@ -153,3 +153,52 @@ def test_the_exit_code_of_a_mistake_is_two():
 def test_the_data_note_names_tokenizer_and_token_files(trained_run):
     note = json.loads((trained_run / "data.json").read_text())
     assert set(note) == {"tokenizer", "train", "valid"}
+
+
+def test_averages_intervals_and_sparse_logging(arguments, tmp_path):
+    import jaxlm
+
+    code = train.main(
+        arguments(
+            train__steps=12,
+            train__eval_every=0,
+            optim__ema_decay=0.5,
+            log__every_steps=5,
+            checkpoint__every_steps=0,
+            checkpoint__every_minutes=1e-6,
+            checkpoint__keep=2,
+            checkpoint__keep_best="false",
+            mesh="dp1",
+        )
+    )
+    assert code == 0
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    # Every update has its line, although the device was looked at every fifth step only.
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    # The clock was always past the interval: every step was saved, and two are kept.
+    assert complete_steps(tmp_path / "run") == [11, 12]
+    # Validation and loading take the average, which is not what was last updated.
+    model = jaxlm.load(tmp_path / "run")
+    (last,) = (line["valid_loss"] for line in lines if "valid_loss" in line)
+    saved = json.loads((tmp_path / "run/checkpoints/step_00000012/metrics.json").read_text())
+    assert saved["valid_loss"] == last
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        arrays = checkpointer.restore(tmp_path / "run/checkpoints/step_00000012/state")
+    ours = np.asarray(model.params["embed"]["embedding"])
+    assert np.array_equal(ours, arrays["ema/embed/embedding"])
+    assert not np.array_equal(ours, arrays["params/embed/embedding"])
+
+
+def test_mixtures_are_trained_on(arguments, corpus, tmp_path):
+    (tmp_path / "more.jsonl").write_text(
+        "".join(json.dumps({"text": "xyz " * 100}) + "\n" for _ in range(20))
+    )
+    sources = f"[{corpus},{tmp_path / 'more.jsonl'}]"
+    code = train.main(
+        arguments(data__train=sources, data__weights="[3,1]", train__steps=2, mesh="dp1")
+    )
+    assert code == 0
+    note = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert len(note["train"]) == 2

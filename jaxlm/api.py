@@ -17,7 +17,7 @@ from jaxlm.errors import UserError
 from jaxlm.mesh import make_mesh
 from jaxlm.models.decoder import Decoder
 from jaxlm.run_folder import find_step
-from jaxlm.sharding import make_layout, split_boxes
+from jaxlm.sharding import check_fits, make_layout, split_boxes
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
 ROWS_AT_ONCE = 64
@@ -65,6 +65,7 @@ def load(path: str | Path, mesh: str | Mesh | None = None, dtype: str | None = N
             raise UserError(f"dtype={dtype!r} is not known: use 'float32' or 'bfloat16'")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh or "dp1")
+    check_fits(config, mesh, training=False)
     program = build_decode_program(Decoder(config.model), mesh)
     params = program.prepare(load_params(folder, config, mesh))
     return LanguageModel(

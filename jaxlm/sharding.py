@@ -148,19 +148,21 @@ def storage_spec(shape: Sequence[int], axes: Axes, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def check_fits(config: Config, mesh: Mesh) -> None:
-    """Raise UserError where the mesh cannot split what is never padded: heads, and rows."""
+def check_fits(config: Config, mesh: Mesh, training: bool = True) -> None:
+    """Raise UserError where the mesh cannot split what is never padded: heads, and, where the
+    model is trained, rows.
+    """
     sizes = dict(mesh.shape)
-    wrong = _misfit(config, sizes)
+    wrong = _misfit(config, sizes, training)
     if wrong is None:
         return
-    works = lambda sizes: _misfit(config, sizes) is None  # noqa: E731
+    works = lambda sizes: _misfit(config, sizes, training) is None  # noqa: E731
     for devices in sorted(range(1, 2 * mesh.size), key=lambda n: abs(n - mesh.size)):
         if meshes := nearest_meshes(sizes, devices, count=1, works=works):
             raise UserError(f"{wrong}, or --mesh={meshes[0]}")
 
 
-def _misfit(config: Config, sizes: dict[str, int]) -> str | None:
+def _misfit(config: Config, sizes: dict[str, int], training: bool) -> str | None:
     """What does not divide evenly over a mesh of these sizes, and what would; None if all does."""
     tp, shards = sizes["tp"], sizes["dp"] * sizes["fsdp"]
     for key, heads in (
@@ -170,7 +172,7 @@ def _misfit(config: Config, sizes: dict[str, int]) -> str | None:
         if heads % tp:
             return f"model.{key}={heads} does not divide over tp={tp}: use a multiple of {tp}"
     rows = config.train.batch_size // config.train.accumulation
-    if rows % shards:
+    if training and rows % shards:
         return (
             f"train.batch_size={config.train.batch_size} with train.accumulation="
             f"{config.train.accumulation} makes micro-batches of {rows} rows, which do not divide "

@@ -267,9 +267,9 @@ class TokenizerConfig:
 class OptimConfig:
     """The update: optimiser, learning-rate schedule, regularisation."""
 
-    name: Literal["sgd", "adam", "adamw", "adafactor", "lion", "muon"] = "adamw"
+    name: Literal["sgd", "adam", "adamw", "adafactor", "lion", "muon"] = "muon"
     """Optimiser."""
-    learning_rate: Positive = 2e-3
+    learning_rate: Positive = 4e-3
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
     """Shape after warm-up: wsd holds the peak, then decays over decay_fraction of the run."""
@@ -318,7 +318,7 @@ class OptimConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: Count = 200
+    steps: Count = 120
     """Updates in all."""
     batch_size: Count = 8
     """Global rows per update, whatever the mesh."""
@@ -328,7 +328,7 @@ class TrainConfig:
     """Weight of log(Z)^2 in the loss (PaLM: 1e-4)."""
     loss_block: Count = 64
     """Positions of each row whose logits are held at a time."""
-    eval_every: Natural = 50
+    eval_every: Natural = 40
     """Steps between validations; 0: only at the end."""
     eval_batches: Natural = 20
     """Batches in a validation; 0: all of them."""
@@ -354,7 +354,7 @@ class TrainConfig:
 class CheckpointConfig:
     """When the run is saved and what is kept."""
 
-    every_steps: Natural = 100
+    every_steps: Natural = 40
     """Steps between checkpoints; 0: only at the end (and when told to stop)."""
     every_minutes: Positive | None = None
     """Also save when this long has passed since the last checkpoint."""

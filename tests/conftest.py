@@ -24,6 +24,7 @@ TINY_RUN = {
     "train.sample_tokens": 4,
     "train.sample_prompt": "a",
     "optim.warmup_steps": 5,
+    "optim.name": "adamw",
     "optim.learning_rate": 0.01,
     "checkpoint.every_steps": 30,
     "data.workers": 1,

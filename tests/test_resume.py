@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(home, refer
 def test_another_configuration_in_the_same_folder_is_refused(home, reference):
     before = (reference / "config.yaml").read_text()
     output = finish(start(home, "reference", **{"optim.learning_rate": 0.5}), code=2)
-    assert "optim.learning_rate=0.002 there, 0.5 now" in output
+    assert "optim.learning_rate=0.004 there, 0.5 now" in output
     assert "Traceback" not in output
     assert (reference / "config.yaml").read_text() == before
 

@@ -318,7 +318,7 @@ class OptimConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: Count = 120
+    steps: Count = 80
     """Updates in all."""
     batch_size: Count = 8
     """Global rows per update, whatever the mesh."""

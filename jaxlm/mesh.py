@@ -1,9 +1,8 @@
 """From the text `dp4,tp2` to a `jax.sharding.Mesh` over real or virtual devices."""
 
-import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -66,9 +65,7 @@ def nearest_meshes(
     Meshes over the axes that `sizes` names come before those that need another one.
     """
     axes = [axis for axis, n in sizes.items() if n != 1 or axis not in NOT_YET]
-    divisors = [n for n in range(devices, 0, -1) if devices % n == 0]
-    products = (c for c in itertools.product(divisors, repeat=len(axes)) if math.prod(c) == devices)
-    fits = (dict(zip(axes, product, strict=True)) for product in products)
+    fits = (dict(zip(axes, c, strict=True)) for c in _factorisations(devices, len(axes)))
 
     def unlike(candidate):
         new_axes = sum(n != 1 and sizes[axis] == 1 for axis, n in candidate.items())
@@ -76,6 +73,16 @@ def nearest_meshes(
         return new_axes, sum(abs(math.log(ratio)) for ratio in ratios)
 
     return [format_mesh(candidate) for candidate in sorted(filter(works, fits), key=unlike)[:count]]
+
+
+def _factorisations(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write `number` as a product of `count` ordered factors."""
+    if count == 1:
+        yield (number,)
+        return
+    for first in (n for n in range(number, 0, -1) if number % n == 0):
+        for rest in _factorisations(number // first, count - 1):
+            yield (first, *rest)
 
 
 def _provide_cpu_devices(count: int) -> None:

@@ -3,10 +3,15 @@
 import random
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# A busy machine is not a failure, and the same examples each time make a failure repeatable.
+hypothesis.settings.register_profile("jaxlm", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("jaxlm")
 
 
 TINY_RUN = {

@@ -12,7 +12,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxlm.config import OptimConfig
-from jaxlm.sharding import path_name
+from jaxlm.sharding import constrain_first, path_name
 
 
 def learning_rate(config: OptimConfig, total_steps: int) -> Callable:
@@ -88,12 +88,22 @@ def _optimizer(config: OptimConfig, axes) -> optax.GradientTransformation:
         consistent_rms=0.2,  # updates as large as AdamW's (Liu et al., 2025): one learning rate
     )
     # Muon's own decay knows no mask for the parameters it leaves to Adam.
-    return optax.chain(update, _decoupled(decay))
+    return optax.chain(optax.stateless(_split_layers), update, _decoupled(decay))
 
 
 def _decoupled(decay: float) -> optax.GradientTransformation:
     """Weight decay after the optimiser, where updates are already negative."""
     return optax.add_decayed_weights(-decay, decays) if decay else optax.identity()
+
+
+def _split_layers(gradients, params=None):
+    """Share Muon's matrix products out: each dp replica orthogonalises some of the layers."""
+
+    def split(path, x):
+        stacked = path_name(path).startswith("layers/") and x.ndim > 2
+        return constrain_first(x, "layer_updates") if stacked else x
+
+    return jax.tree_util.tree_map_with_path(split, gradients)
 
 
 def _muon_dimensions(params, axes):

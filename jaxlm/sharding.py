@@ -38,6 +38,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "length": ("cp",),
     # Between sub-layers tp splits positions (sequence parallelism), inside them features.
     "residual_length": ("cp", "tp"),
+    # Work on whole layers that dp would otherwise repeat.
+    "layer_updates": ("dp",),
 }
 
 
@@ -69,6 +71,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     spec = mesh_axes(axes, omit=frozenset(mesh.manual_axes))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def constrain_first(x: jax.Array, axis: str) -> jax.Array:
+    """Lay out the first dimension by a logical axis and leave the others to the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    (entry,) = mesh_axes((axis,), omit=frozenset(mesh.manual_axes))
+    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(entry, *others))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import codecs
 import dataclasses
+import math
+import numbers
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -57,8 +59,9 @@ def load(path: str | Path, mesh: str | Mesh | None = None, dtype: str | None = N
     average of its parameters, that is what is loaded. Raises UserError for a path that holds no
     run, and for a damaged checkpoint.
     """
-    path = Path(path)
-    folder = find_step(path)
+    if not isinstance(path, str | Path) or not isinstance(mesh, str | Mesh | None):
+        raise UserError(f"load({path!r}, mesh={mesh!r}): give a path, and a mesh such as 'dp2,tp2'")
+    folder = find_step(Path(path).expanduser())
     config = read_config(folder / CONFIG)
     if dtype is not None:
         if dtype not in ("float32", "bfloat16"):
@@ -79,7 +82,7 @@ def load_params(path: str | Path, config: Config, mesh: Mesh):
     `config` is that of the model to be filled; a folder whose parameters have other names or
     shapes is a UserError.
     """
-    folder = find_step(Path(path))
+    folder = find_step(Path(path).expanduser())
     key = "params" if read_config(folder / CONFIG).optim.ema_decay is None else "ema"
     boxed = jax.eval_shape(Decoder(config.model).init, jax.random.key(0))
     layout = make_layout(*split_boxes(boxed), mesh)
@@ -112,8 +115,8 @@ def generate(
     goes with a path. Raises UserError for settings out of range and a prompt that leaves no room.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    _check_sampling(sampling, max_new_tokens, num_samples)
-    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    _check_settings(sampling, max_new_tokens=max_new_tokens, num_samples=num_samples, seed=seed)
+    stops = [] if stop is None else _as_list(stop, "stop")[0]
     if "" in stops:
         raise UserError("stop holds an empty string, which would end every text at once: drop it")
     texts, single = _as_list(prompts, "prompts")
@@ -175,6 +178,8 @@ def _as_model(model, mesh) -> LanguageModel:
 
 def _as_list(texts, name: str) -> tuple[list[str], bool]:
     single = isinstance(texts, str)
+    if not single and not isinstance(texts, Sequence):
+        raise UserError(f"{name} is {texts!r}: give a string or a list of strings")
     texts = [texts] if single else list(texts)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
@@ -182,24 +187,27 @@ def _as_list(texts, name: str) -> tuple[list[str], bool]:
     return texts, single
 
 
-def _check_sampling(sampling: Sampling, max_new_tokens: int, num_samples: int) -> None:
+def _check_settings(sampling: Sampling, **counts: int) -> None:
+    """Raise UserError for a setting of the wrong type or out of range."""
     limits = (
-        ("temperature", sampling.temperature, sampling.temperature >= 0, "at least 0"),
-        ("top_k", sampling.top_k, (sampling.top_k or 0) >= 1, "at least 1"),
-        ("top_p", sampling.top_p, 0 < (sampling.top_p or 0) <= 1, "above 0 and at most 1"),
-        ("min_p", sampling.min_p, 0 <= (sampling.min_p or 0) <= 1, "from 0 to 1"),
-        (
-            "repetition_penalty",
-            sampling.repetition_penalty,
-            sampling.repetition_penalty > 0,
-            "above 0",
+        ("temperature", sampling.temperature, numbers.Real, 0, math.inf, "0 or more"),
+        ("top_k", sampling.top_k, numbers.Integral, 1, math.inf, "a whole number above 0"),
+        ("top_p", sampling.top_p, numbers.Real, 1e-9, 1, "above 0 and at most 1"),
+        ("min_p", sampling.min_p, numbers.Real, 0, 1, "from 0 to 1"),
+        ("repetition_penalty", sampling.repetition_penalty, numbers.Real, 1e-9, 1e9, "above 0"),
+        *(
+            (name, n, numbers.Integral, int(name != "seed"), 2**32 - 1, "a whole number")
+            for name, n in counts.items()
         ),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("num_samples", num_samples, num_samples >= 1, "at least 1"),
     )
-    for name, value, good, wanted in limits:
-        if value is not None and not good:
-            raise UserError(f"{name}={value} is out of range: it should be {wanted}")
+    optional = ("top_k", "top_p", "min_p")
+    for name, value, kind, low, high, wanted in limits:
+        if value is None and name in optional:
+            continue
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high or value == math.inf:
+            above = f" from {low} to {high}" if name in counts else ""
+            raise UserError(f"{name}={value!r} is out of range: it should be {wanted}{above}")
 
 
 def _encode_prompt(model: LanguageModel, text: str) -> list[int]:

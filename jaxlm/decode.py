@@ -36,12 +36,12 @@ class Sampling:
     def kind(self) -> tuple[bool, bool, bool]:
         """What is compiled for: (greedy, filtered, penalised). Numbers are traced."""
         filtered = any(x is not None for x in (self.top_k, self.top_p, self.min_p))
-        return self.temperature == 0, filtered, self.repetition_penalty != 1.0
+        return np.float32(self.temperature) == 0, filtered, self.repetition_penalty != 1.0
 
     def numbers(self, vocab_size: int) -> dict[str, np.ndarray]:
         """The settings as arrays, the unset ones at the value that does nothing."""
         return {
-            "temperature": np.float32(self.temperature or 1.0),
+            "temperature": np.float32(self.temperature),
             "top_k": np.int32(min(self.top_k or vocab_size, vocab_size)),
             "top_p": np.float32(1.0 if self.top_p is None else self.top_p),
             "min_p": np.float32(self.min_p or 0.0),
@@ -133,7 +133,8 @@ class DecodeProgram:
         longest text, or when `stopped` says so of its tokens, which is asked after each chunk.
         Its random numbers depend on (seed, its sample id, position) alone.
         """
-        count = len(prompts)
+        count, longest = len(prompts), self.model.config.max_seq_len
+        max_new_tokens = min(max_new_tokens, longest - min(map(len, prompts)))
         rows = _padded_rows(count, self.mesh)
         filled = prompts + [prompts[0]] * (rows - count)
         ids = np.zeros(rows, np.int32)
@@ -143,7 +144,7 @@ class DecodeProgram:
             jax.random.key(seed),
             sampling.numbers(self.model.config.vocab_size),
             np.int32(-1 if eos_id is None else eos_id),
-            np.int32(self.model.config.max_seq_len),
+            np.int32(longest),
         )
         tokens = jax.device_put(tokens, batch_sharding(self.mesh))
         state = self._prefill(

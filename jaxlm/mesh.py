@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 from jaxlm.axes import MESH_AXES, OPEN, format_mesh, parse_mesh
 from jaxlm.errors import UserError
 
+MOST_VIRTUAL_DEVICES = 1024
 NOT_YET = {"pp": "pipeline", "ep": "expert", "cp": "context"}
 
 
@@ -29,12 +30,17 @@ def make_mesh(text: str = "dp", report: Callable[[str], None] = lambda line: Non
             )
     fixed = math.prod(n for n in sizes.values() if n != OPEN)
     _provide_cpu_devices(fixed)
-    devices = jax.devices()
+    devices = _devices()
     on_cpu = devices[0].platform == "cpu"
     open_axis = next((axis for axis, n in sizes.items() if n == OPEN), None)
     if open_axis and (on_cpu or len(devices) % fixed == 0):
         sizes[open_axis] = max(1, len(devices) // fixed)
     total = math.prod(n for n in sizes.values() if n != OPEN)
+    if on_cpu and total > MOST_VIRTUAL_DEVICES:
+        raise UserError(
+            f"mesh={text!r} needs {total} devices, but this machine has only CPUs, which can stand "
+            f"in for {MOST_VIRTUAL_DEVICES} at most: use a smaller mesh"
+        )
     if on_cpu and len(devices) < total:
         raise UserError(
             f"mesh={text!r} needs {total} devices, but JAX already started with {len(devices)}: "
@@ -75,6 +81,19 @@ def nearest_meshes(
     return [format_mesh(candidate) for candidate in sorted(filter(works, fits), key=unlike)[:count]]
 
 
+def _devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # JAX asserts where the platform named has no device at all.
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).partition("\n")[0] or "no such device"
+        raise UserError(
+            f"JAX cannot start on JAX_PLATFORMS={platforms!r} ({reason}): install its driver and "
+            "plug-in, or set JAX_PLATFORMS=cpu"
+        ) from None
+
+
 def _factorisations(number: int, count: int) -> Iterator[tuple[int, ...]]:
     """All ways to write `number` as a product of `count` ordered factors."""
     if count == 1:
@@ -87,6 +106,7 @@ def _factorisations(number: int, count: int) -> Iterator[tuple[int, ...]]:
 
 def _provide_cpu_devices(count: int) -> None:
     """Ask for virtual CPU devices. They cost nothing where a GPU turns out to be there."""
+    count = min(count, MOST_VIRTUAL_DEVICES)
     if count == 1 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     # Too late once JAX has started: make_mesh then counts what there is.
@@ -111,5 +131,12 @@ def enable_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, unless JAX was told of another."""
     if jax.config.jax_compilation_cache_dir is None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxlm" / "xla"))
+        folder = Path(base) / "jaxlm" / "xla"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return  # compiling again is slower, not wrong
+        if not os.access(folder, os.W_OK):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

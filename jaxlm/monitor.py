@@ -9,7 +9,8 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 from tensorboardX import SummaryWriter
 
 from jaxlm.errors import NonFiniteError, UserError
@@ -37,6 +38,8 @@ class MetricsLog:
         self._file.write(json.dumps(line) + "\n")
         scalars = {name: value for name, value in metrics.items() if name != "step"}
         for name, value in scalars.items():
+            if not math.isfinite(value):
+                continue
             self._board.add_scalar(name, value, metrics["step"])
         if self._wandb is not None:
             self._wandb.log(scalars, step=metrics["step"])
@@ -59,36 +62,37 @@ class Display:
 
     def __init__(self, total: int, step: int):
         self._total = total
+        self._clock = Countdown(total)
         self._last_line = 0.0
-        self._started = time.monotonic(), step
         self._progress = None
         if sys.stdout.isatty():
+            columns = ("step {task.completed}/{task.total}", "{task.fields[numbers]}")
             self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
+                *(TextColumn(text, table_column=Column(no_wrap=True)) for text in columns),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
                 console=Console(),
+                expand=True,
             )
-            self._task = self._progress.add_task("train", total=total, completed=step, numbers="")
+            fields = {"numbers": "compiling", "left": ""}
+            self._task = self._progress.add_task("", total=total, completed=step, **fields)
             self._progress.start()
 
     def update(self, metrics: dict[str, float]) -> None:
         """Show an update's metrics."""
         step = int(metrics["step"])
-        numbers = numbers_text(metrics)
+        left = self._clock.left(step, metrics["step_seconds"])
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, numbers=numbers)
+            self._progress.update(
+                self._task, completed=step, numbers=numbers_text(metrics, short=True), left=left
+            )
             return
         now = time.monotonic()
         if now - self._last_line < PLAIN_SECONDS and step != self._total:
             return
         self._last_line = now
-        started, first = self._started
-        left = (now - started) / max(step - first, 1) * (self._total - step)
         width = len(str(self._total))
-        self.line(f"step {step:>{width}}/{self._total}  {numbers}  left {_clock(left)}")
+        self.line(f"step {step:>{width}}/{self._total}  {numbers_text(metrics)}  {left}".rstrip())
 
     def line(self, text: str) -> None:
         """Print a line, above the live one if there is one."""
@@ -98,9 +102,27 @@ class Display:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Leave the last state of the line on the screen."""
+        """Leave the last state of the line on the screen, and the cursor as it was."""
         if self._progress is not None:
             self._progress.stop()
+
+
+class Countdown:
+    """Time left, by a moving average of the steps after the first, which is compilation."""
+
+    def __init__(self, total: int):
+        self._total = total
+        self._seen = 0
+        self._seconds = 0.0
+
+    def left(self, step: int, seconds: float) -> str:
+        """`left 1:30` after a step that took `seconds`; nothing while that is unknown."""
+        self._seen += 1
+        if self._seen < 3:
+            self._seconds = seconds
+            return ""
+        self._seconds += (seconds - self._seconds) / min(self._seen - 2, 20)
+        return f"left {_clock(self._seconds * (self._total - step))}"
 
 
 class Meter:
@@ -177,24 +199,35 @@ class Meter:
             )
 
 
-def numbers_text(metrics: dict[str, float]) -> str:
-    """An update's metrics as one short text; an unknown utilisation is n/a."""
+def numbers_text(metrics: dict[str, float], short: bool = False) -> str:
+    """An update's metrics on one line; `short` fits beside the rest into 80 columns.
+
+    An unknown utilisation is n/a.
+    """
     mfu = metrics.get("mfu")
-    return (
-        f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
-        f"grad {metrics['grad_norm']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s  "
-        f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
-    )
+    gap = " " if short else "  "
+    parts = [
+        f"loss {metrics['loss']:.4f}",
+        f"lr {metrics['learning_rate']:.1e}" if short else f"lr {metrics['learning_rate']:.2e}",
+        f"grad {metrics['grad_norm']:.2f}" if short else f"grad {metrics['grad_norm']:.3f}",
+        f"{metrics['tokens_per_second']:,.0f} tok/s",
+        f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}",
+    ]
+    if metrics.get("skipped"):
+        parts.append(f"skipped {metrics['skipped']}")
+    return gap.join(parts)
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; one that was cut short by a crash is left out."""
+    """The lines of a metrics.jsonl; what a crash left of one is passed over."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            value = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            lines.append(value)
     return lines
 
 

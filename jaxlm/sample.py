@@ -1,6 +1,7 @@
 """`python -m jaxlm.sample RUN --prompt=...`: text from a trained model, as it comes."""
 
 import argparse
+import contextlib
 import sys
 
 from jaxlm.api import LanguageModel, generate, load
@@ -14,12 +15,14 @@ def main(argv: list[str]) -> None:
     model = load(arguments.pop("run"), arguments.pop("mesh"), arguments.pop("dtype"))
     prompt = arguments.pop("prompt")
     if prompt is not None:
-        _continue(model, sys.stdin.read() if prompt == "-" else prompt, arguments)
+        _continue(model, _standard_input() if prompt == "-" else prompt, arguments)
         return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() line editing and history)
     print("Type a prompt and press Enter; an empty line or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            line = input("> ")
+            line = input("> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
@@ -29,6 +32,13 @@ def main(argv: list[str]) -> None:
             _continue(model, line, arguments)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read().encode("utf-8", "surrogateescape").decode()
+    except UnicodeDecodeError:
+        raise UserError("standard input is not UTF-8: convert it first") from None
 
 
 def _continue(model: LanguageModel, prompt: str, settings: dict) -> None:

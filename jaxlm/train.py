@@ -69,10 +69,11 @@ class Trainer:
             config,
             mesh,
         )
-        for parameter in self.program.layout.replicated:
-            if parameter.startswith("params/"):
-                name = parameter.removeprefix("params/")
-                _say(f"fsdp divides no dimension of {name}: every device holds all of it")
+        replicated = [p for p in self.program.layout.replicated if p.startswith("params/")]
+        if replicated:
+            names = ", ".join(p.removeprefix("params/") for p in replicated[:3])
+            more = f" and {len(replicated) - 3} more" if len(replicated) > 3 else ""
+            _say(f"fsdp divides no dimension of {names}{more}: every device holds all of them")
         self.decoder = build_decode_program(self.model, mesh)
         self.prompt = self._sample_prompt()
         self.state = self._restore() or self._fresh()
@@ -320,8 +321,11 @@ class Trainer:
 
         def stop(number, frame):
             if number == signal.SIGINT and self.signal is not None:
+                self.display.close()
                 os._exit(130)
             self.signal = number
+            name = signal.Signals(number).name
+            self.display.line(f"{name}: saving after this step; Ctrl-C again leaves at once")
 
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         before = [signal.signal(number, stop) for number in numbers]

@@ -102,6 +102,17 @@ def test_a_step_folder_is_loaded_as_it_is(trained_run):
     ("settings", "words"),
     [
         ({"temperature": -1.0}, "temperature=-1.0 is out of range"),
+        ({"temperature": "0.5"}, "temperature='0.5'"),
+        ({"temperature": None}, "temperature=None"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": 2.5}, "top_k=2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens=True"),
+        ({"num_samples": 2.0}, "num_samples=2.0"),
+        ({"seed": 2**64}, "from 0 to 4294967295"),
+        ({"stop": 5}, "stop is 5"),
+        ({"stop": [5]}, "stop[0] is 5"),
+        ({"prompts": None}, "prompts is None"),
         ({"top_k": 0}, "top_k=0"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"min_p": 2.0}, "min_p=2.0"),
@@ -144,6 +155,15 @@ def test_paths_that_hold_no_run_are_one_sentence(trained_run, tmp_path):
         jaxlm.load(trained_run, mesh="tp4")
     with pytest.raises(jaxlm.UserError, match="float16"):
         jaxlm.load(trained_run, dtype="float16")
+
+
+def test_a_tiny_temperature_is_greedy_and_a_huge_limit_ends_at_the_longest_text(model):
+    greedy = jaxlm.generate(model, "ab", temperature=0, max_new_tokens=10**9)
+    assert jaxlm.generate(model, "ab", temperature=1e-60, max_new_tokens=63) == greedy
+    with pytest.raises(jaxlm.UserError, match="give a path"):
+        jaxlm.load(None)
+    with pytest.raises(jaxlm.UserError, match="texts is None"):
+        jaxlm.score(model, None)
 
 
 def test_a_text_longer_than_the_model_is_an_error(model):

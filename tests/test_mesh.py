@@ -167,3 +167,21 @@ def test_a_mesh_larger_than_the_machine_gets_virtual_devices():
     told, size = done.stdout.splitlines()
     assert told.startswith("told: mesh dp3,tp4: 12 virtual CPU devices on ")
     assert size == "12"
+
+
+def test_more_virtual_devices_than_can_be_is_an_error():
+    with pytest.raises(UserError, match="needs 99999 devices, but this machine has only CPUs"):
+        make_mesh("dp99999")
+
+
+def test_a_platform_that_is_not_there_is_one_sentence():
+    program = "from jaxlm.train import *; run_command(main)"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: JAX cannot start on JAX_PLATFORMS='cuda'")
+    assert result.stderr.count("\n") == 1

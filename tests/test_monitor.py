@@ -86,9 +86,10 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run(log):
 
 
 def test_the_short_line_leaves_room_in_eighty_columns():
-    metrics = UPDATE | {"tokens_per_second": 123456.7, "skipped": 3}
+    metrics = UPDATE | {"tokens_per_second": 123456.7}
     assert len(numbers_text(metrics, short=True)) <= 60
-    assert "MFU n/a" in numbers_text(metrics) and "skipped 3" in numbers_text(metrics)
+    assert "MFU n/a" in numbers_text(metrics)
+    assert "skipped 3" in numbers_text(metrics | {"skipped": 3})
     assert "MFU 42.0%" in numbers_text(metrics | {"mfu": 0.42})
 
 

@@ -10,6 +10,7 @@ divides, or replicates.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -83,7 +84,7 @@ def constrain_first(x: jax.Array, axis: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(entry, *others))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
     """How a tree of arrays is stored on a mesh. Its fields are trees like it, one leaf an array."""
 
@@ -111,17 +112,24 @@ class Layout:
 
     def to_exact(self, tree):
         """Stored arrays as arrays of logical shape, for a checkpoint."""
-        return self._convert(tree, self.unpad, self.exact)
+        return self._exactly(tree) if self._is_padded else tree
 
     def to_stored(self, tree):
         """Arrays of logical shape, as restored, to stored arrays."""
-        return self._convert(tree, self.pad, self.stored)
+        return self._storing(tree) if self._is_padded else tree
 
-    def _convert(self, tree, convert, target):
-        if _shapes(self.logical) == _shapes(self.stored):
-            return tree
-        shardings = jax.tree.map(lambda s: s.sharding, target)
-        return jax.jit(convert, out_shardings=shardings)(tree)
+    @functools.cached_property
+    def _is_padded(self) -> bool:
+        return _shapes(self.logical) != _shapes(self.stored)
+
+    @functools.cached_property
+    def _exactly(self):
+        shardings = jax.tree.map(lambda s: s.sharding, self.exact)
+        return jax.jit(self.unpad, out_shardings=shardings)
+
+    @functools.cached_property
+    def _storing(self):
+        return jax.jit(self.pad, out_shardings=self.shardings)
 
 
 def make_layout(logical, axes, mesh: Mesh) -> Layout:

@@ -111,7 +111,8 @@ def test_the_cache_is_used_until_something_changes(run, tmp_path):
     first = run(source)
     assert len(run.lines) == 1
     again = run(source, workers=3, prefetch=9)
-    assert (run.lines, again.train[0].path) == ([], first.train[0].path)
+    assert again.train[0].path == first.train[0].path
+    assert re.fullmatch(r".*: [\d,]+ tokens from the cache, .* held out", *run.lines)
     changed = [run(source, valid_fraction=0.3), run(source, on_bad="error")]
     write(tmp_path / "a.jsonl", documents(61))
     changed.append(run(source))
@@ -136,7 +137,7 @@ def test_a_tokenizer_is_trained_once(run, tmp_path, kind):
     first = run(source, tokenizer=config).tokenizer
     assert len(run.lines) == 2
     second = run(source, tokenizer=config).tokenizer
-    assert (run.lines, first.vocab_size) == ([], 320)
+    assert (len(run.lines), first.vocab_size) == (1, 320)
     assert first.model == second.model
 
 
@@ -168,14 +169,49 @@ def test_an_empty_corpus_says_why(run, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "bad.txt").write_bytes(b"\xff" * 9)
     full = write(tmp_path / "full.jsonl", documents(9))
-    with pytest.raises(UserError, match=r"'.*empty\.txt' in data\.train has no .*files are empty"):
+    with pytest.raises(
+        UserError, match=r"'.*empty\.txt' in data\.train has no .*all it has is empty"
+    ):
         run(str(tmp_path / "empty.txt"))
-    with pytest.raises(UserError, match=r"'.*bad\.txt' in data\.train .*1 skipped for invalid"):
+    with pytest.raises(UserError, match=r"'.*bad\.txt' in data\.train .*1 skipped as invalid"):
         run(full, str(tmp_path / "bad.txt"))
     with pytest.raises(UserError, match=r"'.*empty\.txt' in data\.valid has no document"):
         run(full, valid=(str(tmp_path / "empty.txt"),))
     with pytest.raises(UserError, match=r"in data\.train .*all 9 held out for validation"):
         run(full, valid_fraction=1 - 1e-9)
+
+
+def test_an_empty_corpus_says_why_before_the_tokenizer_is_learned(run, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xff" * 9)
+    for source, cause in (
+        (write(tmp_path / "empty.jsonl", ["", ""]), "all it has is empty"),
+        (str(tmp_path / "bad.txt"), "1 skipped as invalid UTF-8"),
+    ):
+        with pytest.raises(UserError, match=rf"has no document with text left \({cause}"):
+            run(source, tokenizer=TokenizerConfig(vocab_size=500))
+
+
+@pytest.mark.parametrize("size", [20_000, 900_000])
+@pytest.mark.parametrize("files", [1, 3])
+def test_a_few_plain_texts_hold_out_little(run, tmp_path, size, files):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for n in range(files):
+        (folder / f"{n}.txt").write_text("".join(documents(size // 150, seed=n)))
+    prepared = run(str(folder))
+    (train,), (valid,) = prepared.train, prepared.valid
+    assert 0 < valid.num_bytes < 0.15 * (train.num_bytes + valid.num_bytes)
+    number = valid.num_documents
+    noun = "document" if number == 1 else "documents"
+    assert run.lines[0].endswith(f", {number} {noun} ({valid.num_tokens:,} tokens) held out")
+
+
+def test_a_cached_source_has_the_name_it_was_asked_by(run, tmp_path):
+    source = write(tmp_path / "a.jsonl", documents(60))
+    run(source)
+    again = run(str(tmp_path / "*.jsonl"))
+    assert "from the cache" in run.lines[0]
+    assert again.train[0].manifest["source"] == str(tmp_path / "*.jsonl")
 
 
 def test_skipped_documents_are_counted(run, tmp_path):
@@ -184,7 +220,9 @@ def test_skipped_documents_are_counted(run, tmp_path):
     for n, text in enumerate(documents(9)):
         (folder / f"{n}.txt").write_text(text)
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    assert run(str(folder)).train[0].num_skipped == 1
+    for _ in range(2):
+        assert run(str(folder)).train[0].num_skipped == 1
+        assert ", 1 document skipped as invalid UTF-8" in run.lines[0]
     with pytest.raises(UserError, match=r"picture\.png: byte 0 is not valid UTF-8"):
         run(str(folder), on_bad="error")
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import sys
 import tracemalloc
@@ -66,7 +67,15 @@ def test_compressed_text_with_several_frames(tmp_path):
     assert read(tmp_path) == ["one two", "one three"]
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.string(),
+        pyarrow.large_string(),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    ],
+    ids=str,
+)
 def test_parquet(tmp_path, kind):
     texts = [f"é{i}" for i in range(200)]
     table = pyarrow.table({"n": range(200), "text": pyarrow.array(texts, kind)})
@@ -89,14 +98,30 @@ def test_datasets_on_disk(tmp_path, monkeypatch):
         read(f"hf:{tmp_path}/plain", text_field="body")
     with pytest.raises(UserError, match=r"row 1: 'n' holds '1', not a string"):
         read(f"hf:{tmp_path}/plain", text_field="n")
-    with pytest.raises(UserError, match=r"nowhere' cannot be loaded: \w+"):
+    with pytest.raises(UserError, match=r"nowhere' cannot be loaded: there is no such file"):
         read(f"hf:{tmp_path}/nowhere")
 
 
 def test_datasets_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'jaxlm\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install datasets, or 'jaxlm\[hf\]'"):
         read("hf:some/name")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch, caplog):
+    datasets = pytest.importorskip("datasets")
+    logger = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.setLevel(logging.WARNING)
+
+    def load(*args, **settings):
+        logging.getLogger("huggingface_hub.utils._http").warning("attempt 1 failed")
+        raise ConnectionError("no network\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match=r"'hf:some/name' cannot be loaded: no network$"):
+        read("hf:some/name")
+    assert not caplog.records
 
 
 def test_stdlib_is_python_source_without_tests():
@@ -128,6 +153,22 @@ def test_huge_text_is_cut_at_lines_or_characters(tmp_path, monkeypatch, line):
     assert max(len(d.encode()) for d in documents) <= 64
     if "\n" in line:
         assert all(d.endswith("\n") for d in documents)
+
+
+def test_one_text_of_a_small_source_is_cut_to_hold_some_out(tmp_path):
+    line = "twenty bytes a line\n"
+    write(tmp_path / "novel.txt", line * 40_000)
+    documents = read(tmp_path)
+    assert "".join(documents) == line * 40_000
+    assert {len(d) for d in documents[:-1]} == {12_500 // 20 * 20}
+    assert len(read(tmp_path, valid=("stdlib",))) == 1
+    write(tmp_path / "short.txt", line * 250)
+    assert [len(d) for d in read(tmp_path / "short.txt")] == [2040, 2040, 920]
+    write(tmp_path / "bad.txt", line * 250 + "\n")
+    with (tmp_path / "bad.txt").open("ab") as file:
+        file.write(b"\xff")
+    assert read(tmp_path / "bad.txt", counts := Counts()) == []
+    assert counts.skipped == 1
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
@@ -177,7 +218,7 @@ def test_offset_counts_from_the_start_of_a_cut_file(tmp_path, monkeypatch):
 
 
 BAD_JSON = {
-    '{"text": "a"}\n{"text": ': "line 2 is not JSON",
+    '{"text": "a"}\n{"text": ': r"line 2 is not JSON \(Expecting value\): write",
     '["text"]': "line 1 is not a JSON object",
     "[" * 100_000: "line 1 is not JSON",
     '\n\n{"txt": "a", "id": 1}': "line 3 has no field 'text' but 'txt', 'id'",
@@ -223,18 +264,24 @@ def test_parquet_without_the_text(tmp_path):
     with pytest.raises(UserError, match=r"a\.parquet: column 'id' holds int64, not strings"):
         read(tmp_path, text_field="id")
     parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet, row 2: column 'text' is null"):
-        read(tmp_path)
+    assert read(tmp_path, counts := Counts()) == ["x"]
+    assert counts.skipped == 1
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: field 'text' is null, not a string"):
+        read(tmp_path, on_bad="error")
 
 
 def test_a_source_that_is_not_there(tmp_path):
     write(tmp_path / "corpus.txt", "x")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("gone.txt")
     os.mkfifo(tmp_path / "pipe")
     cases = {
         "corpsu.txt": "there is no such file or folder; did you mean 'corpus.txt'",
         "empty": "the folder has no file",
         "*.md": "no file matches",
+        "emp*": r"it matches the folder .*/empty and no file: name the folder",
+        "link": r"it is a link to gone\.txt, which does not exist$",
+        "corpus.txt,b": r"; a list is written \[.*/corpus\.txt,b\]$",
         "pipe": "neither a file nor a folder",
     }
     for name, message in cases.items():

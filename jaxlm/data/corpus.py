@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data.cache import Report, cache_folder, cache_key, cached
-from jaxlm.data.sources import Counts, read_documents, source_fingerprint
+from jaxlm.data.sources import Counts, max_document_bytes, read_documents, source_fingerprint
 from jaxlm.data.tokens import FORMAT, TokenFile, TokenWriter, token_dtype
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -62,28 +62,26 @@ def prepare(
     train = [token_files(spec, below=below, report=report) for spec in data.train]
     for spec, (kept, held_out) in zip(data.train, train, strict=True):
         if not kept.num_documents:
-            raise _no_documents("train", spec, kept, held_out)
+            raise _no_documents("train", spec, kept.num_skipped, held_out.num_documents)
     valid = [token_files(spec, below=0, report=report)[0] for spec in data.valid]
     for spec, file in zip(data.valid, valid, strict=True):
         if not file.num_documents:
-            raise _no_documents("valid", spec, file)
+            raise _no_documents("valid", spec, file.num_skipped)
     held_out = [file for _, file in train if file.num_documents]
     return Prepared(
         tokenizer, tuple(kept for kept, _ in train), tuple(valid or held_out), data.weights
     )
 
 
-def _no_documents(
-    field: str, spec: str, file: TokenFile, held_out: TokenFile | None = None
-) -> UserError:
+def _no_documents(field: str, spec: str, num_skipped: int, num_held_out: int = 0) -> UserError:
     causes = []
-    if file.num_skipped:
-        causes.append(f"{file.num_skipped} skipped for invalid UTF-8")
-    if held_out is not None and held_out.num_documents:
-        causes.append(f"all {held_out.num_documents} held out for validation")
+    if num_skipped:
+        causes.append(f"{num_skipped} skipped as invalid UTF-8 or null")
+    if num_held_out:
+        causes.append(f"all {num_held_out} held out for validation")
     return UserError(
         f"data source {spec!r} in data.{field} has no document with text left"
-        f" ({', '.join(causes) or 'its files are empty'}): give it more text"
+        f" ({', '.join(causes) or 'all it has is empty'}): give it more text"
     )
 
 
@@ -112,8 +110,8 @@ def _held_out_below(data: DataConfig) -> int:
             digests = {min(digests | {digest}), max(digests | {digest})}
     if len(digests) == 1:
         raise UserError(
-            "data.train is a single document, of which nothing can be held out: name validation "
-            "text in data.valid"
+            "data.train is a single document too short to cut, of which nothing can be held out: "
+            "name validation text in data.valid"
         )
     # With no document at all, the source is reported when it is tokenised.
     return min(digests, default=-1) + 1
@@ -134,6 +132,7 @@ def _get_tokenizer(
         "sources": [prints[spec] for spec in data.train],
         "text_field": data.text_field,
         "on_bad": data.on_bad,
+        "max_document_bytes": [max_document_bytes(spec, data) for spec in data.train],
         "held_out_below": below,
         "kind": config.kind,
         "vocab_size": config.vocab_size,
@@ -151,12 +150,19 @@ def _get_tokenizer(
 
 
 def _kept_documents(data: DataConfig, below: int, advance: Callable[[int], None]) -> Iterator[str]:
+    """The training text. Raises UserError for a source without any, before there is too little."""
     for spec in data.train:
-        for text in read_documents(spec, data, Counts()):
+        counts, sides = Counts(), [0, 0]
+        for text in read_documents(spec, data, counts):
             encoded = text.encode()
             advance(len(encoded))
-            if _held_out_digest(encoded) >= below:
+            is_kept = _held_out_digest(encoded) >= below
+            sides[is_kept] += 1
+            if is_kept:
                 yield text
+        num_held_out, num_kept = sides
+        if not num_kept:
+            raise _no_documents("train", spec, counts.skipped, num_held_out)
 
 
 def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:
@@ -193,13 +199,16 @@ def _get_token_files(
         "source_fingerprint": prints[spec],
         "text_field": data.text_field,
         "on_bad": data.on_bad,
+        "max_document_bytes": max_document_bytes(spec, data),
         "held_out_below": below,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
     }
+    how = "from the cache"
 
     def make(folder: Path) -> None:
+        nonlocal how
         start = time.monotonic()
         counts = Counts()
         dtype = token_dtype(tokenizer.vocab_size)
@@ -216,14 +225,32 @@ def _get_token_files(
         finally:
             for writer in writers:
                 writer.close()
-        tokens, seconds = kept.num_tokens + held_out.num_tokens, time.monotonic() - start
-        report(f"{spec}: {tokens:,} tokens in {seconds:.1f} s")
+        how = f"in {time.monotonic() - start:.1f} s"
 
     def opened(folder: Path) -> tuple[TokenFile, TokenFile]:
         kept, held_out = map(TokenFile, _parts(folder))
+        # The same files may have been prepared under another name.
+        kept.manifest["source"] = held_out.manifest["source"] = spec
         return kept, held_out
 
-    return cached(cache / cache_key("tokens", facts), opened, make, report)
+    kept, held_out = cached(cache / cache_key("tokens", facts), opened, make, report)
+    report(f"{spec}: {_summary(kept, held_out, how)}")
+    return kept, held_out
+
+
+def _summary(kept: TokenFile, held_out: TokenFile, how: str) -> str:
+    summary = f"{kept.num_tokens + held_out.num_tokens:,} tokens {how}"
+    if held_out.num_documents:
+        summary += (
+            f", {_documents(held_out.num_documents)} ({held_out.num_tokens:,} tokens) held out"
+        )
+    if kept.num_skipped:
+        summary += f", {_documents(kept.num_skipped)} skipped as invalid UTF-8 or null"
+    return summary
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document{'' if count == 1 else 's'}"
 
 
 def _parts(folder: Path) -> tuple[Path, Path]:

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import io
 import json
+import logging
 import os
 import sys
 import sysconfig
@@ -21,8 +22,11 @@ from typing import Any, BinaryIO
 from jaxlm.config import DataConfig
 from jaxlm.errors import UserError, nearest
 
-# A longer plain text becomes several documents.
+# A longer plain text becomes several documents, and so does, above the smaller bound, one that is
+# more than this share of its source, of which validation text has to be held out.
 MAX_DOCUMENT_BYTES = 4 << 20
+MIN_CUT_BYTES = 2 << 10
+LARGEST_SHARE = 1 / 64
 # A longer line is not JSON lines, but something else in one line.
 MAX_JSON_BYTES = 256 << 20
 ROWS_AT_ONCE = 64
@@ -35,25 +39,39 @@ class Counts:
     """What a pass over a source left out."""
 
     skipped: int = 0
-    """Documents with invalid UTF-8."""
+    """Documents with invalid UTF-8, or null."""
 
 
 def read_documents(spec: str, data: DataConfig, counts: Counts) -> Iterator[str]:
     """The documents of one source, in a fixed order; empty ones are left out.
 
-    A plain text file is a document (above `MAX_DOCUMENT_BYTES` several, cut at line ends), and so
-    is every row of JSON lines, Parquet and datasets. With `data.on_bad=skip`, documents with
-    invalid UTF-8 are left out and counted in `counts`.
+    A plain text file is a document (above `max_document_bytes` several, cut at line ends), and so
+    is every row of JSON lines, Parquet and datasets. With `data.on_bad=skip`, documents that are
+    null or have invalid UTF-8 are left out and counted in `counts`.
 
     Raises UserError for a source that does not exist, a damaged file, a row without the text, and,
-    with `data.on_bad=error`, invalid UTF-8.
+    with `data.on_bad=error`, invalid UTF-8 or null.
     """
     rows = _hf_rows(spec, data) if spec.startswith("hf:") else _file_rows(spec, data)
     for text, where in rows:
-        if isinstance(text, bytes):
+        if not isinstance(text, str):
             text = _decode(text, where, data, counts)
         if text:
             yield text
+
+
+def max_document_bytes(spec: str, data: DataConfig) -> int:
+    """The size above which a plain text is cut; smaller in a small source without `data.valid`.
+
+    Raises UserError for a source that does not exist.
+    """
+    if data.valid or spec.startswith("hf:"):
+        return MAX_DOCUMENT_BYTES
+    size = 0
+    for path in list_files(spec):
+        with _readable(path):
+            size += path.stat().st_size
+    return min(MAX_DOCUMENT_BYTES, max(MIN_CUT_BYTES, int(size * LARGEST_SHARE)))
 
 
 def source_fingerprint(spec: str) -> str:
@@ -86,12 +104,26 @@ def list_files(spec: str) -> list[Path]:
         return list(_walk(path)) or _no_files(spec, "the folder has no file (hidden ones aside)")
     if glob.has_magic(spec):
         matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
-        return [f for f in matches if f.is_file()] or _no_files(spec, "no file matches")
+        return [f for f in matches if f.is_file()] or _no_files(spec, _only_matches(matches))
+    return _no_files(spec, _why_missing(spec, path))
+
+
+def _only_matches(matches: list[Path]) -> str:
+    folder = next(filter(Path.is_dir, matches), None)
+    if folder is None:
+        return "no file matches"
+    return f"it matches the folder {folder} and no file: name the folder, to read all that is in it"
+
+
+def _why_missing(spec: str, path: Path) -> str:
     if path.exists():
-        _no_files(spec, "it is neither a file nor a folder")
+        return "it is neither a file nor a folder"
+    if path.is_symlink():
+        return f"it is a link to {os.readlink(path)}, which does not exist"
+    if "," in spec:
+        return f"there is no such file or folder; a list is written [{spec}]"
     beside = os.listdir(path.parent) if path.parent.is_dir() else []
-    close = nearest(path.name, [*beside, "stdlib"])
-    return _no_files(spec, f"there is no such file or folder{close}")
+    return f"there is no such file or folder{nearest(path.name, [*beside, 'stdlib'])}"
 
 
 def _no_files(spec: str, reason: str) -> list[Path]:
@@ -113,10 +145,11 @@ def _walk(folder: Path, without: Collection[str] = ()) -> Iterator[Path]:
 # A row is its text (bytes where it may not be UTF-8) and where it stands, for messages: the file,
 # perhaps with a line or row, and the number of its first byte there.
 Where = tuple[str, int]
-Rows = Iterator[tuple[str | bytes, Where]]
+Rows = Iterator[tuple[str | bytes | None, Where]]
 
 
 def _file_rows(spec: str, data: DataConfig) -> Rows:
+    max_bytes = max_document_bytes(spec, data)
     for path in list_files(spec):
         name = path.name.lower()
         with _readable(path):
@@ -125,17 +158,36 @@ def _file_rows(spec: str, data: DataConfig) -> Rows:
             elif name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
                 yield from _json_rows(path, data.text_field)
             else:
-                yield from _plain_rows(path)
+                yield from _plain_rows(path, max_bytes)
 
 
-def _plain_rows(path: Path) -> Rows:
+def _plain_rows(path: Path, max_bytes: int) -> Rows:
     start, rest = 0, b""
     with _open(path) as file:
         while block := rest + file.read(MAX_DOCUMENT_BYTES - len(rest)):
             size = _last_cut(block) if len(block) == MAX_DOCUMENT_BYTES else len(block)
-            yield block[:size], (str(path), start)
+            for piece in _pieces(block[:size], max_bytes):
+                yield piece, (str(path), start)
             start += size
             rest = block[size:]
+
+
+def _pieces(block: bytes, max_bytes: int) -> Iterator[bytes]:
+    """Cut `block` at line ends; one with invalid UTF-8 stays whole, to be skipped as a whole."""
+    start = 0
+    while len(block) - start > max_bytes and (start or _is_utf8(block)):
+        size = _last_cut(block[start : start + max_bytes])
+        yield block[start : start + size]
+        start += size
+    yield block[start:]
+
+
+def _is_utf8(block: bytes) -> bool:
+    try:
+        block.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _last_cut(block: bytes) -> int:
@@ -169,7 +221,9 @@ def _json_text(line: bytes, where: str, field: str) -> str | bytes:
     except UnicodeDecodeError:
         return line
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}): write one object a line") from error
+        # Without the place, which counts from the start of the line.
+        reason = getattr(error, "msg", error)
+        raise UserError(f"{where} is not JSON ({reason}): write one object a line") from error
     if not isinstance(record, dict):
         raise UserError(f"{where} is not a JSON object: write one with a field {field!r}")
     if field not in record:
@@ -190,15 +244,18 @@ def _parquet_rows(path: Path, field: str) -> Rows:
         if field not in schema.names:
             raise _no_field(str(path), field, schema.names)
         kind = schema.field(field).type
-        if kind not in (pyarrow.string(), pyarrow.large_string()):
+        by_index = pyarrow.types.is_dictionary(kind)
+        if (kind.value_type if by_index else kind) not in (
+            pyarrow.string(),
+            pyarrow.large_string(),
+        ):
             raise UserError(f"{path}: column {field!r} holds {kind}, not strings")
         row = 0
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[field]):
+            texts = batch.column(0).dictionary_decode() if by_index else batch.column(0)
             # As binary, because the strings of a Parquet file need not be valid UTF-8.
-            for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+            for text in texts.cast(pyarrow.large_binary()).to_pylist():
                 row += 1
-                if text is None:
-                    raise UserError(f"{path}, row {row}: column {field!r} is null, not a string")
                 yield text, (f"{path}, row {row}", 0)
 
 
@@ -222,10 +279,16 @@ def _load_hf(spec: str) -> Any:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise UserError(
-            f"data source {spec!r} needs the package datasets: pip install 'jaxlm[hf]'"
+            f"data source {spec!r} needs the package datasets: pip install datasets, or 'jaxlm[hf]'"
         ) from error
+    # It would report every attempt to reach the hub.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     place, _, split = spec.removeprefix("hf:").partition(":")
     name, _, config = place.partition("@")
+    name = os.path.expanduser(name)
+    # A name on the hub has one slash at most.
+    if (name.startswith(("/", ".")) or name.count("/") > 1) and not Path(name).exists():
+        raise UserError(f"data source {spec!r} cannot be loaded: there is no such file or folder")
     saved = ("state.json", "dataset_dict.json")
     try:
         if any(Path(name, file).is_file() for file in saved):
@@ -244,18 +307,24 @@ def _no_field(where: str, field: str, fields: list[str]) -> UserError:
     )
 
 
-def _decode(raw: bytes, where: Where, data: DataConfig, counts: Counts) -> str | None:
+def _decode(raw: bytes | None, where: Where, data: DataConfig, counts: Counts) -> str | None:
+    place, start = where
     try:
-        return raw.decode("utf-8")
+        if raw is not None:
+            return raw.decode("utf-8")
+        if data.on_bad == "error":
+            raise UserError(
+                f"{place}: field {data.text_field!r} is null, not a string: give it text, or set "
+                "data.on_bad=skip to leave it out"
+            )
     except UnicodeDecodeError as error:
         if data.on_bad == "error":
-            place, start = where
             raise UserError(
                 f"{place}: byte {start + error.start} is not valid UTF-8: convert the text, or set "
                 "data.on_bad=skip to leave it out"
             ) from error
-        counts.skipped += 1
-        return None
+    counts.skipped += 1
+    return None
 
 
 @contextmanager

@@ -20,9 +20,11 @@ def main(argv: list[str]) -> None:
 
 
 def _summary(file: TokenFile) -> str:
-    skipped = f", {file.num_skipped:,} skipped as invalid UTF-8" if file.num_skipped else ""
+    skipped = f", {file.num_skipped:,} skipped as bad" if file.num_skipped else ""
+    plural = "" if file.num_documents == 1 else "s"
     return (
-        f"{file.manifest['source']}: {file.num_documents:,} documents, {file.num_tokens:,} tokens, "
+        f"{file.manifest['source']}: {file.num_documents:,} document{plural}, "
+        f"{file.num_tokens:,} tokens, "
         f"{file.num_bytes:,} bytes ({file.num_bytes / file.num_tokens:.2f} a token){skipped}"
         f"\n  in {file.path}"
     )

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import errno
 import json
+import os
 import re
 import sys
 import types
@@ -45,6 +46,9 @@ def parse_config(
         raise UserError(_unknown_argument(unknown[0], parser))
     arguments = vars(known)
     path = arguments.pop("config", None)
+    if path == "":
+        raise UserError("--config= is empty: give a YAML file, or leave it out")
+    path = path and os.path.expanduser(path)
     printing = arguments.pop("print_config", False)
     keys = dict(_leaves(Config))
     overrides = {}
@@ -67,6 +71,15 @@ class OneSentenceParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class _Once(argparse.Action):
+    """Store an option's value, and refuse a second one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if hasattr(namespace, self.dest):
+            raise UserError(f"{option_string} is given twice: give it once")
+        setattr(namespace, self.dest, values)
+
+
 def run_command(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     """Run `main(argv)` as a process: one sentence for a user's mistake, and the exit code."""
     try:
@@ -77,6 +90,11 @@ def run_command(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     except NonFiniteError as error:
         print(f"stopped: {error}", file=sys.stderr)
         code = EXIT_NONFINITE
+    except RuntimeError as error:  # JAX's, known by its text: importing JAX here would be slow
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: {_out_of_memory(str(error))}", file=sys.stderr)
+        code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -91,6 +109,15 @@ def run_command(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         )
         code = EXIT_USER_ERROR
     sys.exit(code or 0)
+
+
+def _out_of_memory(text: str) -> str:
+    asked = re.search(r"allocat\D*(\d+) ?(?:bytes|B)", text)
+    size = f" ({int(asked[1]) / 2**30:.1f} GiB were asked for)" if asked else ""
+    return (
+        f"out of device memory{size}: lower train.batch_size or raise train.accumulation, set "
+        "model.remat=full, or shard by fsdp"
+    )
 
 
 def build_config(file: dict, overrides: dict | None = None, source: str | None = None) -> Config:
@@ -215,7 +242,9 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
         usage="%(prog)s [--config=FILE.yaml] [--KEY=VALUE ...]",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file over the defaults")
+    parser.add_argument(
+        "--config", action=_Once, metavar="FILE", help="YAML file over the defaults"
+    )
     parser.add_argument(
         "--print_config", action="store_true", help="print the merged experiment as YAML and exit"
     )
@@ -225,7 +254,7 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
         if section and section not in sections:
             sections[section] = parser.add_argument_group(section, _doc(section))
         group = sections.get(section, parser)
-        group.add_argument(f"--{key}", metavar=_metavar(hint), help=_help(key))
+        group.add_argument(f"--{key}", action=_Once, metavar=_metavar(hint), help=_help(key))
     return parser
 
 

@@ -10,25 +10,20 @@ from pydantic.dataclasses import dataclass
 
 from jaxlm.axes import parse_mesh
 from jaxlm.errors import UserError, check_read, nearest_divisor, needs
+from jaxlm.values import (
+    Count,
+    Fraction,
+    Names,
+    Natural,
+    NonNegative,
+    PathText,
+    Positive,
+    Seed,
+    Weights,
+    as_tuple,
+)
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _as_tuple(value):
-    """Let YAML's lists, and a single value, stand for a tuple."""
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-Weights = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -119,7 +114,7 @@ class ModelConfig:
     sliding_window: Count | None = None
     """Tokens a local layer sees, itself included."""
     layer_pattern: Annotated[
-        tuple[Literal["global", "local"], ...], BeforeValidator(_as_tuple), Field(min_length=1)
+        tuple[Literal["global", "local"], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = ("global",)
     """Repeated over the layers; local layers attend within sliding_window."""
     tie_embeddings: bool = True
@@ -250,7 +245,7 @@ class TokenizerConfig:
     """Train SentencePiece BPE (byte fallback) or unigram on the training text, or load a file."""
     vocab_size: Annotated[int, Field(ge=300)] = 4096
     """Tokens to learn."""
-    path: str | None = None
+    path: PathText | None = None
     """kind=file: a SentencePiece .model or a Hugging Face tokenizer.json."""
     training_mb: Count = 8
     """Megabytes of text, sampled evenly, that the tokenizer is trained on."""
@@ -380,11 +375,11 @@ class Config:
 
     mesh: str = "dp"
     """Devices by axis, such as dp4,tp2; one axis may be open (dp,tp2: dp takes what is left)."""
-    out: str | None = None
+    out: PathText | None = None
     """Run folder; null: runs/NAME of the config file, or runs/default."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of initialisation, data order and dropout."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """A run folder whose parameters training starts from; null: random."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

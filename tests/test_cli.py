@@ -1,6 +1,7 @@
 """Command lines and YAML to one experiment, and back."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 import typing
@@ -150,6 +151,11 @@ MISTAKES = [
     ("train.steps=1", ["'train.steps=1'", "--KEY=VALUE"]),
     ("--train.steps=ten", ["train.steps='ten'", "integer"]),
     ("--train.steps=[1", ["--train.steps='[1'", "not valid YAML"]),
+    ("--seed=4294967296", ["seed=4294967296", "4294967295"]),
+    ("--out=", ["out=''", "leave it out"]),
+    ("--init_from=", ["init_from=''", "leave it out"]),
+    ("--tokenizer.path=", ["tokenizer.path=''", "leave it out"]),
+    ("--config=", ["--config= is empty", "leave it out"]),
     ("--optim.name=adm", ["optim.name='adm'", "did you mean 'adam'"]),
     ("--optim.schedule=null", ["optim.schedule=None"]),
     ("--model.preset=gpt2-124", ["model.preset='gpt2-124'", "did you mean 'gpt2-124m'"]),
@@ -160,6 +166,17 @@ MISTAKES = [
 def test_a_mistake_on_the_command_line_is_one_sentence(argument, fragments):
     sentence = refused(argument)
     assert [fragment for fragment in fragments if fragment not in sentence] == []
+
+
+def test_an_option_given_twice_is_an_error():
+    assert "--train.steps is given twice" in refused("--train.steps=1", "--train.steps=2")
+
+
+def test_a_tilde_is_the_home_folder(yaml_file, monkeypatch):
+    monkeypatch.setenv("HOME", str(yaml_file("seed: 7\n").parent))
+    config = parse("--config=~/run.yaml", "--out=~/a", "--init_from=~/b")
+    home = os.environ["HOME"]
+    assert (config.seed, config.out, config.init_from) == (7, f"{home}/a", f"{home}/b")
 
 
 BAD_FILES = {
@@ -220,6 +237,12 @@ RUNNER = "from jaxlm import cli, errors\ndef main(argv): {}\ncli.run_command(mai
 EXITS = [
     ("raise errors.UserError('bad')", 2, "error: bad\n"),
     ("raise errors.NonFiniteError('bad')", 3, "stopped: bad\n"),
+    (
+        "raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 1073741824 bytes.')",
+        2,
+        "error: out of device memory (1.0 GiB were asked for): lower train.batch_size or raise "
+        "train.accumulation, set model.remat=full, or shard by fsdp\n",
+    ),
     ("return 75", 75, ""),
     ("return None", 0, ""),
 ]

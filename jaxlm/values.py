@@ -1,0 +1,34 @@
+"""Types of the experiment's values: their ranges, and what may stand for them."""
+
+import os
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def as_tuple(value):
+    """Let YAML's lists, and a single value, stand for a tuple."""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def as_path(value):
+    """Expand `~`, so that the config that a run keeps says where its files are."""
+    if value == "":
+        raise ValueError("a path; leave it out for none")
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+MAX_SEED = 2**32 - 1  # what NumPy's and JAX's generators take
+
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+PathText = Annotated[str, BeforeValidator(as_path)]
+Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+Weights = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]

@@ -21,6 +21,7 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.run_folder import find_step
 from jaxlm.sharding import check_fits, make_layout, split_boxes
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.values import MAX_SEED
 
 ROWS_AT_ONCE = 64
 STOP_CHECK_TOKENS = 16
@@ -196,7 +197,7 @@ def _check_settings(sampling: Sampling, **counts: int) -> None:
         ("min_p", sampling.min_p, numbers.Real, 0, 1, "from 0 to 1"),
         ("repetition_penalty", sampling.repetition_penalty, numbers.Real, 1e-9, 1e9, "above 0"),
         *(
-            (name, n, numbers.Integral, int(name != "seed"), 2**32 - 1, "a whole number")
+            (name, n, numbers.Integral, int(name != "seed"), MAX_SEED, "a whole number")
             for name, n in counts.items()
         ),
     )

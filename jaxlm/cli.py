@@ -21,7 +21,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from jaxlm.config import Config, ModelConfig
-from jaxlm.errors import NonFiniteError, UserError, nearest
+from jaxlm.errors import NonFiniteError, UserError, nearest, show
 from jaxlm.presets import PRESETS
 
 EXIT_USER_ERROR, EXIT_NONFINITE, EXIT_PREEMPTED = 2, 3, 75
@@ -180,9 +180,12 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"config file {path} cannot be read: {error}") from None
     try:
         content = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"config file {path} is not valid YAML: {problem}") from None
+        json.dumps(content, default=str)  # refuses what a config cannot hold: dates as keys, cycles
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"config file {path} is not valid YAML{line}: {error.problem}") from None
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"config file {path} holds what a config cannot: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -195,7 +198,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         seen = set()
-        for key_node, _ in node.value:
+        own = [pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge"]
+        for key_node, _ in own:
             key = str(self.construct_object(key_node, deep=True))
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -337,11 +341,12 @@ def _sentence(error: dict, where: str) -> str:
     if error["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         return (
-            f"{key}={value!r} is not one of {', '.join(choices)}{nearest(str(value), choices)}"
+            f"{key}={show(value)} is not one of {', '.join(choices)}"
+            f"{nearest(str(value).lower(), choices)}"
             f"{where}"
         )
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{key}={value!r} is wrong: it should be {wanted}{where}"
+    return f"{key}={show(value)} is wrong: it should be {wanted}{where}"
 
 
 def _nearest_key(key: str, keys: list[str], mark: str = "") -> str:

@@ -268,8 +268,8 @@ class OptimConfig:
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
     """Shape after warm-up: wsd holds the peak, then decays over decay_fraction of the run."""
-    warmup_steps: Natural = 20
-    """Steps of linear warm-up from zero."""
+    warmup_steps: Natural | None = None
+    """Steps of linear warm-up from zero; null: 20, or a quarter of a run shorter than 80."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """wsd: share of all steps spent decaying."""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1

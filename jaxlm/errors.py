@@ -14,6 +14,17 @@ class NonFiniteError(RuntimeError):
     """Training met non-finite losses or gradients too often in a row."""
 
 
+def show(value) -> str:
+    """A config's value as it is written in YAML, on one line."""
+    if isinstance(value, str):
+        return repr(value)
+    return json.dumps(
+        dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value,
+        ensure_ascii=False,
+        default=str,
+    )
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the choice closest to `word`, or an empty string."""
     match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
@@ -39,8 +50,8 @@ def check_read(section: str, config, **rules: tuple[bool, str]) -> None:
     for key, (is_read, condition) in rules.items():
         value, default = getattr(config, key), config.__dataclass_fields__[key].default
         if value != default and not is_read:
-            shown, usual = (json.dumps(v, default=dataclasses.asdict) for v in (value, default))
+            usual = show(default)
             raise UserError(
-                f"{section}.{key}={shown} has no effect without {condition}: "
+                f"{section}.{key}={show(value)} has no effect without {condition}: "
                 f"set that, or leave {key} at {usual}"
             )

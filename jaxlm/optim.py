@@ -21,7 +21,7 @@ def learning_rate(config: OptimConfig, total_steps: int) -> Callable:
     Warm-up is linear and reaches the peak at step `warmup_steps`; `wsd` is warm-up, stable,
     decay (Hu et al., 2024), `inverse_sqrt` is that of Vaswani et al. (2017).
     """
-    warmup = config.warmup_steps
+    warmup = min(20, total_steps // 4) if config.warmup_steps is None else config.warmup_steps
     left = max(1, total_steps - warmup)
 
     def shape(step):

@@ -11,7 +11,7 @@ from jaxlm.checkpoint import CONFIG, STATE, complete_steps, latest_sound, step_f
 from jaxlm.cli import dump_config, flatten, read_config
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, show
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
 DATA = "data.json"
@@ -44,6 +44,8 @@ def find_step(path: Path) -> Path:
         raise UserError(
             f"{path} is a Hugging Face folder, which this version cannot load yet: give a run's"
         )
+    if not is_run and path.name == "checkpoints":
+        raise UserError(f"{path} is a run's folder of checkpoints: give its parent, {path.parent}")
     if not is_run:
         raise UserError(
             f"{path} is not a run folder: it has no {CONFIG} and no checkpoints; give what train's "
@@ -80,8 +82,14 @@ def claim(run: Path, config: Config, prepared: Prepared) -> None:
     }
     if _has_begun(run):
         _check_config(run, config)
-        before = json.loads((run / DATA).read_text())
-        changed = [name for name in data if before[name] != data[name]]
+        try:
+            before = json.loads((run / DATA).read_text(encoding="utf-8"))
+            changed = [name for name in data if before[name] != data[name]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{run / DATA}, which tells what data the run was trained on, is missing or "
+                f"damaged ({type(error).__name__}): restore it, or give another --out"
+            ) from None
         if changed:
             raise UserError(
                 f"{run} was trained on other data (changed since: {', '.join(changed)}): restore "
@@ -104,7 +112,9 @@ def _check_config(run: Path, config: Config) -> None:
     if new["train.steps"] >= old["train.steps"]:
         changed = [key for key in changed if key != "train.steps"]
     if changed:
-        differences = ", ".join(f"{key}={old[key]} there, {new[key]} now" for key in changed)
+        differences = ", ".join(
+            f"{key}={show(old[key])} there, {show(new[key])} now" for key in changed
+        )
         raise UserError(
             f"{run} holds a run with another configuration ({differences}): give the same, or "
             "another --out"
@@ -117,8 +127,14 @@ def locked(run: Path):
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / "lock").open("w")
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(
+            f"run folder {run} cannot be made: a file is there; give another --out"
+        ) from None
     except OSError as error:
-        raise UserError(f"run folder {run} cannot be made: {error}; give another --out") from None
+        raise UserError(
+            f"run folder {run} cannot be written to ({error.strerror}): give another --out"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -157,7 +157,7 @@ MISTAKES = [
     ("--tokenizer.path=", ["tokenizer.path=''", "leave it out"]),
     ("--config=", ["--config= is empty", "leave it out"]),
     ("--optim.name=adm", ["optim.name='adm'", "did you mean 'adam'"]),
-    ("--optim.schedule=null", ["optim.schedule=None"]),
+    ("--optim.schedule=null", ["optim.schedule=null"]),
     ("--model.preset=gpt2-124", ["model.preset='gpt2-124'", "did you mean 'gpt2-124m'"]),
 ]
 
@@ -186,7 +186,7 @@ BAD_FILES = {
     "- 1\n- 2\n": ["[1, 2]", "sections and keys"],
     "train: {stepps: 3}\n": ["'train.stepps'", "did you mean 'train.steps'", "run.yaml"],
     "train: {steps: -3}\n": ["train.steps=-3", "run.yaml"],
-    "train:\n": ["train=None", "run.yaml"],
+    "train:\n": ["train=null", "run.yaml"],
     "optim: {name: sgd, beta1: 0.5}\n": ["optim.beta1=0.5 has no effect", "run.yaml"],
     "model: {? [a]: 1}\n": ["run.yaml"],
 }
@@ -266,3 +266,16 @@ def test_train_refuses_an_unknown_key_with_exit_code_2():
 
 def test_non_finite_is_no_user_error():
     assert not issubclass(NonFiniteError, UserError)
+
+
+def test_yaml_merges_and_says_no_to_what_a_config_cannot_hold(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("train: &a {steps: 7}\nlog: {every_steps: 3}\n")
+    assert read_config(file).train.steps == 7
+    file.write_text("optim: {<<: {beta1: 0.5}, name: adam}\n")
+    assert (read_config(file).optim.beta1, read_config(file).optim.name) == (0.5, "adam")
+    for text in ("train: &a {x: *a}\n", "2024-01-01: 3\n", "a: [1\nb: 2\n", "a: 1\na: 2\n"):
+        file.write_text(text)
+        with pytest.raises(UserError) as error:
+            read_config(file)
+        assert "\n" not in str(error.value) and "unicode string" not in str(error.value)

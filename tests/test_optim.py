@@ -176,6 +176,13 @@ def test_schedules_at_key_steps(schedule):
     assert float(jax.jit(rate)(55)) == pytest.approx(float(rate(55)))
 
 
+def test_warmup_is_short_in_a_short_run():
+    for total, warmup in ((8, 2), (80, 20), (1000, 20)):
+        rate = learning_rate(OptimConfig(learning_rate=PEAK), total)
+        assert float(rate(warmup - 1)) == pytest.approx(PEAK)
+        assert float(rate(0)) == pytest.approx(PEAK / warmup)
+
+
 def test_no_warmup_starts_at_the_peak():
     config = OptimConfig(learning_rate=PEAK, warmup_steps=0)
     assert float(learning_rate(config, STEPS)(0)) == pytest.approx(PEAK)

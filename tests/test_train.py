@@ -131,6 +131,15 @@ def test_other_data_in_the_same_run_is_refused(arguments, trained_run, corpus, t
         train.main(arguments(data__train=text, train__steps=61))
 
 
+@pytest.mark.parametrize("note", [None, "{", "{}", "[]"])
+def test_a_damaged_note_of_the_data_is_one_sentence(arguments, trained_run, tmp_path, note):
+    shutil.copytree(trained_run, tmp_path / "run")
+    file = tmp_path / "run" / "data.json"
+    file.unlink() if note is None else file.write_text(note)
+    with pytest.raises(UserError, match=r"data\.json, which tells what data"):
+        train.main(arguments(train__steps=61))
+
+
 def test_two_trainers_cannot_share_a_folder(arguments, tmp_path):
     from jaxlm.run_folder import locked
 

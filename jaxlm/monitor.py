@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import jax
@@ -261,7 +262,7 @@ def _start_wandb(run: Path, project: str, config: dict):
         ) from None
     id_file = run / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(uuid.uuid4().hex)
     return wandb.init(
         project=project,
         name=run.name,

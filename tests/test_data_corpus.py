@@ -247,7 +247,8 @@ def test_the_command_prints_a_summary(run, tmp_path, tokenizer_config, capsys):
         ]
     )
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines if "documents" in line] == ["train", "valid"]
+    summary = [line for line in lines if line.startswith(("train: ", "valid: "))]
+    assert ["document" in line and "a token)" in line for line in summary] == [True, True]
     assert f"in {tmp_path}/cache/tokens-" in lines[2]
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 
@@ -44,6 +46,24 @@ def test_lines_past_the_restored_step_are_cut_and_broken_ones_passed_over(tmp_pa
     path.write_bytes(b"\n".join(lines))
     MetricsLog(tmp_path, 2, None, {}).close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_weights_and_biases_continues_its_run(tmp_path, monkeypatch):
+    # A stand-in for the service: what it was started with, and what it was told.
+    started, told = [], []
+    module = types.ModuleType("wandb")
+    service = types.SimpleNamespace(
+        log=lambda scalars, step: told.append((step, scalars)), finish=lambda: None
+    )
+    module.init = lambda **settings: started.append(settings) or service
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for step in (0, 1):
+        log = MetricsLog(tmp_path, step, "project", {"seed": 0})
+        log.write({"step": step + 1, "loss": 2.0})
+        log.close()
+    assert told == [(1, {"loss": 2.0}), (2, {"loss": 2.0})]
+    assert started[0] == started[1] and started[0]["project"] == "project"
+    assert started[0]["id"] and started[0]["resume"] == "allow"
 
 
 def test_what_json_cannot_say_is_null(log, tmp_path):

@@ -87,7 +87,8 @@ def test_training_starts_from_another_run(arguments, trained_run, tmp_path):
     assert first == pytest.approx(last, abs=0.3)
 
 
-def test_what_cannot_be_is_one_sentence(arguments, trained_run, corpus, tmp_path):
+def test_what_cannot_be_is_one_sentence(arguments, trained_run, corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     cases = {
         "does not exist": {"init_from": tmp_path / "nowhere"},
         "another tokenizer": {"init_from": trained_run, "tokenizer__vocab_size": 330},

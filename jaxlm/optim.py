@@ -50,8 +50,10 @@ def learning_rate(config: OptimConfig, total_steps: int) -> Callable:
 
 def make_optimizer(config: OptimConfig, axes) -> optax.GradientTransformation:
     """Clipping and the optimiser for parameters whose logical axes are the leaves of `axes`."""
-    clip = optax.identity() if config.clip_norm is None else _clip(config.clip_norm)
-    return optax.chain(clip, _optimizer(config, axes))
+    optimizer = _optimizer(config, axes)
+    if config.clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
 def decays(params):
@@ -59,10 +61,6 @@ def decays(params):
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path_name(path).split("/")[-1] not in ("scale", "bias"), params
     )
-
-
-def _clip(max_norm: float) -> optax.GradientTransformation:
-    return optax.clip_by_global_norm(max_norm)
 
 
 def _optimizer(config: OptimConfig, axes) -> optax.GradientTransformation:

@@ -20,8 +20,9 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from jaxlm.config import Config, ModelConfig
+from jaxlm.config import Config
 from jaxlm.errors import NonFiniteError, UserError, nearest, show
+from jaxlm.model_config import ModelConfig
 from jaxlm.presets import PRESETS
 
 EXIT_USER_ERROR, EXIT_NONFINITE, EXIT_PREEMPTED = 2, 3, 75

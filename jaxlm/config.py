@@ -5,11 +5,12 @@ Every field's docstring is its line in `--help`; every default stands here and n
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from jaxlm.axes import parse_mesh
 from jaxlm.errors import UserError, check_read, nearest_divisor, needs
+from jaxlm.model_config import STRICT, ModelConfig
 from jaxlm.values import (
     Count,
     Fraction,
@@ -20,181 +21,7 @@ from jaxlm.values import (
     Positive,
     Seed,
     Weights,
-    as_tuple,
 )
-
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-@dataclass(frozen=True, config=STRICT)
-class RopeScaling:
-    """How rotary frequencies are stretched to contexts longer than those first trained on."""
-
-    kind: Literal["linear", "llama3"] = "linear"
-    """`linear` divides every frequency by `factor`; `llama3` only the low ones, with a ramp."""
-    factor: Positive = 1.0
-    """By how much low frequencies are divided."""
-    low_freq_factor: Positive = 1.0
-    """llama3: wavelengths above original_max_seq_len / this are divided in full."""
-    high_freq_factor: Positive = 4.0
-    """llama3: wavelengths below original_max_seq_len / this are left alone."""
-    original_max_seq_len: Count = 8192
-    """llama3: the context length before scaling."""
-
-    def __post_init__(self):
-        llama3 = needs("model.rope_scaling", self, "kind", "llama3")
-        check_read(
-            "model.rope_scaling",
-            self,
-            low_freq_factor=llama3,
-            high_freq_factor=llama3,
-            original_max_seq_len=llama3,
-        )
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise UserError(
-                f"model.rope_scaling.high_freq_factor={self.high_freq_factor} must be above "
-                f"low_freq_factor={self.low_freq_factor}: raise it, or lower the other"
-            )
-
-
-@dataclass(frozen=True, config=STRICT)
-class ModelConfig:
-    """The decoder. One set of fields spans GPT-2, Llama, Mistral, Qwen and Gemma."""
-
-    preset: str = "llama-tiny"
-    """Where the other model fields start from; each can still be set."""
-    vocab_size: Count | None = None
-    """Number of tokens; left out, it is the tokenizer's."""
-    max_seq_len: Count = 256
-    """Tokens in a training row, and the longest text the model handles."""
-    d_model: Count = 192
-    """Width of the residual stream."""
-    num_layers: Count = 4
-    """Number of Transformer blocks."""
-    num_heads: Count = 8
-    """Query heads."""
-    num_kv_heads: Count | None = 4
-    """Key/value heads (grouped-query attention); null: as many as query heads."""
-    head_dim: Count | None = None
-    """Width of a head; null: d_model / num_heads."""
-    d_ff: Count = 768
-    """Width of the feed-forward layer."""
-    mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
-    """Feed-forward: gated by SiLU, gated by GELU, or plain GELU (tanh approximation)."""
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation of the residual stream."""
-    norm_eps: Positive = 1e-5
-    """Added to the variance in every normalisation."""
-    norm_offset: float = 0.0
-    """Added to every RMSNorm scale (Gemma stores scale - 1 and sets 1)."""
-    norm_bias: bool = False
-    """LayerNorm has a bias."""
-    norm_placement: Literal["pre", "pre_post"] = "pre"
-    """Before each sub-layer, or before and after it (Gemma 2 and 3)."""
-    qk_norm: bool = False
-    """RMSNorm on queries and keys, per head (Qwen 3, Gemma 3)."""
-    qkv_bias: bool = False
-    """Bias on query, key and value projections."""
-    out_bias: bool = False
-    """Bias on the attention's output projection."""
-    mlp_bias: bool = False
-    """Bias in the feed-forward layer."""
-    positions: Literal["rotary", "learned", "none"] = "rotary"
-    """How the model knows positions."""
-    rope_theta: Positive = 10_000.0
-    """Base of the rotary frequencies."""
-    rope_scaling: RopeScaling | None = None
-    """Stretching of the rotary frequencies, except where rope_local_theta sets them."""
-    rope_local_theta: Positive | None = None
-    """Base of the rotary frequencies in local layers; null: rope_theta."""
-    attention_scale: Positive | None = None
-    """Factor on the attention scores; null: head_dim ** -0.5."""
-    attention_softcap: Positive | None = None
-    """Attention scores s become cap * tanh(s / cap) (Gemma 2)."""
-    sliding_window: Count | None = None
-    """Tokens a local layer sees, itself included."""
-    layer_pattern: Annotated[
-        tuple[Literal["global", "local"], ...], BeforeValidator(as_tuple), Field(min_length=1)
-    ] = ("global",)
-    """Repeated over the layers; local layers attend within sliding_window."""
-    tie_embeddings: bool = True
-    """The output head is the embedding matrix."""
-    scale_embeddings: bool = False
-    """Multiply embeddings by sqrt(d_model) (Gemma)."""
-    logit_softcap: Positive | None = None
-    """Logits z become cap * tanh(z / cap) (Gemma 2)."""
-    dropout: Fraction = 0.0
-    """Dropout after the embedding and after each sub-layer."""
-    attention_dropout: Fraction = 0.0
-    """Dropout on attention probabilities."""
-    init_mean: float = 0.0
-    """Mean of the Gaussian that draws every matrix."""
-    init_std: Positive = 0.02
-    """Standard deviation of the Gaussian that draws every matrix."""
-    scale_residual_init: bool = True
-    """Divide that deviation by sqrt(2 num_layers) where a sub-layer ends (GPT-2)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type (parameters stay float32); auto: bfloat16 on GPU, float32 on CPU."""
-    attention: Literal["auto", "plain", "xla", "cudnn"] = "auto"
-    """Attention backend; auto picks the fastest that honours the mask."""
-    stack: Literal["scan", "unroll"] = "scan"
-    """Run layers by a scan (compiles quickly) or unrolled (runs faster)."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
-
-    def __post_init__(self):
-        if self.head_dim is None and self.d_model % self.num_heads:
-            raise UserError(
-                f"model.d_model={self.d_model} is not a multiple of model.num_heads="
-                f"{self.num_heads}: change one of them, or set model.head_dim"
-            )
-        if self.num_heads % self.kv_heads:
-            raise UserError(
-                f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads="
-                f"{self.kv_heads}: use {nearest_divisor(self.num_heads, self.kv_heads)}"
-                " key/value heads"
-            )
-        if self.positions == "rotary" and self.head_size % 2:
-            raise UserError(
-                f"model.head_dim={self.head_size} is odd, but rotary positions turn pairs of "
-                "features: use an even head_dim, or model.positions=learned"
-            )
-        if "local" in self.layer_pattern and self.sliding_window is None:
-            raise UserError(
-                "model.layer_pattern has local layers, but model.sliding_window is not set: "
-                "give the number of tokens they see"
-            )
-        unsupported = self.attention_softcap or self.attention_dropout
-        if self.attention in ("xla", "cudnn") and unsupported:
-            raise UserError(
-                f"model.attention={self.attention} supports neither attention_softcap nor "
-                "attention_dropout: use model.attention=auto"
-            )
-        rotary = needs("model", self, "positions", "rotary")
-        local = "local" in self.layer_pattern, "a local layer in model.layer_pattern"
-        shared = "global" in self.layer_pattern or self.rope_local_theta is None
-        base = shared, "a global layer in model.layer_pattern"
-        has_rmsnorm = self.norm == "rmsnorm" or self.qk_norm
-        check_read(
-            "model",
-            self,
-            norm_offset=(has_rmsnorm, "model.norm=rmsnorm"),
-            norm_bias=needs("model", self, "norm", "layernorm"),
-            rope_theta=base if rotary[0] else rotary,
-            rope_scaling=base if rotary[0] else rotary,
-            rope_local_theta=local if rotary[0] else rotary,
-            sliding_window=local,
-        )
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads, resolved."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def head_size(self) -> int:
-        """Width of a head, resolved."""
-        return self.head_dim or self.d_model // self.num_heads
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -346,6 +173,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ParallelConfig:
+    """How work is spread over the mesh. Nothing here changes the numbers of an update."""
+
+    microbatches: Count | None = None
+    """pp: micro-batches streamed through the stages; null: two per stage where rows allow."""
+    rounds: Count = 1
+    """pp: stages that each device holds; above 1 the schedule is interleaved, with less bubble."""
+    overlap: bool = True
+    """NVIDIA: overlap collectives with compute by the XLA options listed in jaxlm/xla.py."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     """When the run is saved and what is kept."""
 
@@ -386,6 +225,7 @@ class Config:
     tokenizer: TokenizerConfig = TokenizerConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 

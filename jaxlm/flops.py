@@ -1,6 +1,6 @@
 """Arithmetic of a training step, and how much of it a device can do."""
 
-from jaxlm.config import ModelConfig
+from jaxlm.model_config import ModelConfig
 
 # Dense bfloat16 FLOP/s of a device by the makers' data sheets, keyed by JAX's device kind.
 PEAK_FLOPS = {

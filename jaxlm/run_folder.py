@@ -16,7 +16,16 @@ from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
 DATA = "data.json"
 # What a continued run may change: nothing here touches the numbers of an update.
-CHANGEABLE = ("mesh", "out", "log.", "checkpoint.", "data.cache", "data.workers", "data.prefetch")
+CHANGEABLE = (
+    "mesh",
+    "parallel.",
+    "out",
+    "log.",
+    "checkpoint.",
+    "data.cache",
+    "data.workers",
+    "data.prefetch",
+)
 CHANGEABLE += ("train.eval_every", "train.sample_")
 
 

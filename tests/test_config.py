@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from jaxlm.cli import build_config, read_config
-from jaxlm.config import Config, ModelConfig, OptimConfig
+from jaxlm.config import Config, OptimConfig
 from jaxlm.errors import UserError
+from jaxlm.model_config import ModelConfig
 
 CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import transformers
 
-from jaxlm.config import ModelConfig, RopeScaling
 from jaxlm.errors import UserError
 from jaxlm.export import FAMILIES, family_of
 from jaxlm.export.table import Tensor
+from jaxlm.model_config import ModelConfig, RopeScaling
 from jaxlm.models.decoder import Decoder
 from jaxlm.presets import PRESETS
 from jaxlm.sharding import split_boxes

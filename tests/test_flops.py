@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from jaxlm.config import ModelConfig
 from jaxlm.flops import peak_flops, training_flops_per_token
+from jaxlm.model_config import ModelConfig
 from jaxlm.models.decoder import Decoder
 from jaxlm.sharding import split_boxes
 

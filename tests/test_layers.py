@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxlm"
 
 # Rooms from the ground up; a package is one room with all its modules.
 FLOORS = [
-    {"errors", "axes", "values", "config", "presets", "cli"},
+    {"errors", "axes", "values", "model_config", "config", "presets", "cli"},
     {"mesh", "tokenizer", "flops", "monitor"},
     {"sharding"},
     {"data", "optim", "parallel"},

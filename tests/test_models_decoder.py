@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 
-from jaxlm.config import ModelConfig, RopeScaling
 from jaxlm.errors import UserError
 from jaxlm.export import FAMILIES, Family
 from jaxlm.export.llama import BODY, LLAMA
 from jaxlm.export.table import Tensor
 from jaxlm.losses import blocked_cross_entropy
+from jaxlm.model_config import ModelConfig, RopeScaling
 from jaxlm.models.decoder import Decoder
 from jaxlm.nn.attention import Places
 from jaxlm.nn.layers import Dropout, residual_std

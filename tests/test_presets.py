@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxlm.cli import build_config
-from jaxlm.config import ModelConfig
+from jaxlm.model_config import ModelConfig
 from jaxlm.models.decoder import Decoder
 from jaxlm.presets import PRESETS
 

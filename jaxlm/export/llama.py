@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from jaxlm.config import RopeScaling
 from jaxlm.errors import UserError
 from jaxlm.export.table import Family, Setting, Tensor
+from jaxlm.model_config import RopeScaling
 
 # Shared by the families that descend from Llama, which differ in their norms.
 BODY = (

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from pydantic import ValidationError
 
-from jaxlm.config import ModelConfig
 from jaxlm.errors import UserError
+from jaxlm.model_config import ModelConfig
 from jaxlm.models.decoder import Decoder
 from jaxlm.sharding import path_name, split_boxes
 

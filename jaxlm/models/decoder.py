@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxlm.config import ModelConfig
 from jaxlm.errors import UserError
+from jaxlm.model_config import ModelConfig
 from jaxlm.models.stack import init_stack, run_stack
 from jaxlm.nn.attention import Attention, LayerCache, Places, constrain_cache
 from jaxlm.nn.layers import (

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxlm.config import ModelConfig
 from jaxlm.errors import UserError
+from jaxlm.model_config import ModelConfig
 from jaxlm.nn.layers import (
     ATTENTION_PROBABILITIES,
     Dense,

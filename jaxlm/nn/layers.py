@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxlm.config import ModelConfig, RopeScaling
+from jaxlm.model_config import ModelConfig, RopeScaling
 from jaxlm.sharding import constrain, with_axes
 
 # Dropout's sites in a block: each draws its own mask.

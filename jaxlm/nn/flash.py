@@ -1,0 +1,269 @@
+"""Attention by blocks, in plain JAX: no array of scores larger than one block by another.
+
+FlashAttention-2 (Dao, 2023): the softmax is computed online, and the backward pass computes the
+scores again from the logarithm of each row's sum. `forward` and `backward` are also what the ring
+of `parallel.ring` does with each device's keys.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite, so that a row that sees nothing gives no NaN
+BLOCK = 512
+BEFORE, NEVER = -1, 2**30  # positions of padding: its queries see nothing, its keys are not seen
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where tokens stand: [B, T] positions within a document, and the document they belong to.
+
+    `segments` None: one document a row, causal by index.
+    """
+
+    positions: jax.Array
+    segments: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What stays the same from call to call."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    block: int = BLOCK
+
+
+def visible(queries: Places, keys: Places, window: int | None):
+    """Boolean mask [B, T, S]: which keys a query sees."""
+    distance = queries.positions[:, :, None] - keys.positions[:, None, :]
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    if queries.segments is not None:
+        mask &= queries.segments[:, :, None] == keys.segments[:, None, :]
+    return mask
+
+
+def flash_attention(
+    q_btnh,
+    k_bskh,
+    v_bskh,
+    *,
+    queries: Places,
+    keys: Places,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    block: int = BLOCK,
+):
+    """Attention as `attention.attention` defines it; [B, T, N, H] in the type of `q_btnh`.
+
+    Where `queries is keys`, blocks are skipped by the order of columns: in a row, a document's
+    tokens stand next to each other and in order. A query that sees nothing gets zeros.
+    """
+    kernel = Kernel(scale, window, softcap, block)
+    columns = None
+    if queries is keys:
+        columns = (jnp.arange(q_btnh.shape[1]),) * 2
+    return _attend(kernel, q_btnh, k_bskh, v_bskh, queries, keys, columns)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(kernel, q, k, v, queries, keys, columns):
+    return forward(kernel, q, k, v, queries, keys, columns)[0].astype(q.dtype)
+
+
+def _attend_forward(kernel, q, k, v, queries, keys, columns):
+    out, lse = forward(kernel, q, k, v, queries, keys, columns)
+    out = out.astype(q.dtype)
+    return out, (q, k, v, queries, keys, columns, out, lse)
+
+
+def _attend_backward(kernel, residuals, dout):
+    q, k, v, queries, keys, columns, out, lse = residuals
+    gradients = backward(kernel, q, k, v, queries, keys, columns, out, lse, dout)
+    dq, dk, dv = (d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True))
+    return dq, dk, dv, None, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def forward(kernel: Kernel, q_btnh, k_bskh, v_bskh, queries, keys, columns=None):
+    """(output [B, T, N, H], log of the sum of exponentials [B, T, N]), both float32.
+
+    `columns` are the natural columns ([T] of queries, [S] of keys) by which blocks are skipped;
+    keys' columns rise. None skips nothing. A query that sees nothing gets zeros and `MASKED`.
+    """
+    batch, length, heads, head_dim = q_btnh.shape
+    blocks = _Blocks(kernel, q_btnh, k_bskh, v_bskh, queries, keys, columns)
+    stats = (batch, blocks.kv_heads, heads // blocks.kv_heads, blocks.query_block)
+
+    def query_block(i):
+        q, own = blocks.query(i)
+
+        def key_block(j, carry):
+            acc, top, total = carry
+            k, v, theirs = blocks.key(j)
+            scores, _ = _scores(kernel, q, k, own, theirs)
+            new_top = jnp.maximum(top, scores.max(-1))
+            # Where all is masked so far, any finite reference makes the exponentials zero.
+            base = jnp.where(new_top == MASKED, 0.0, new_top)
+            weights = jnp.exp(scores - base[..., None])
+            shrink = jnp.exp(top - base)
+            update = _einsum("bkgts,bskh->bkgth", weights.astype(v.dtype), v)
+            return acc * shrink[..., None] + update, new_top, total * shrink + weights.sum(-1)
+
+        start = jnp.zeros((*stats, head_dim)), jnp.full(stats, MASKED), jnp.zeros(stats)
+        acc, top, total = jax.lax.fori_loop(*blocks.keys_seen(i), key_block, start)
+        seen = total > 0
+        total = jnp.where(seen, total, 1.0)
+        lse = jnp.where(seen, top + jnp.log(total), MASKED)
+        return acc / total[..., None], lse
+
+    out, lse = jax.lax.map(query_block, jnp.arange(blocks.num_query_blocks))
+    out = jnp.einsum("ibkgth->bitkgh", out).reshape(batch, -1, heads, head_dim)
+    lse = jnp.einsum("ibkgt->bitkg", lse).reshape(batch, -1, heads)
+    return out[:, :length], lse[:, :length]
+
+
+def backward(
+    kernel: Kernel, q_btnh, k_bskh, v_bskh, queries, keys, columns, out_btnh, lse_btn, dout_btnh
+):
+    """Gradients (dq [B, T, N, H], dk, dv [B, S, K, H]) in float32, of these keys' part.
+
+    `out_btnh` and `lse_btn` are the whole row's, over keys elsewhere too.
+    """
+    # FlashAttention's D: what the softmax's gradient takes off each row.
+    delta_btn = jnp.sum(dout_btnh.astype(jnp.float32) * out_btnh.astype(jnp.float32), -1)
+    batch, length, heads, head_dim = q_btnh.shape
+    blocks = _Blocks(kernel, q_btnh, k_bskh, v_bskh, queries, keys, columns)
+    dout_btkgh, lse_btkg, delta_btkg = map(
+        blocks.as_queries, (dout_btnh.astype(q_btnh.dtype), lse_btn, delta_btn)
+    )
+    lse_btkg = jnp.where(lse_btkg == MASKED, 0.0, lse_btkg)
+    size = blocks.query_block
+
+    def key_block(dq, j):
+        k, v, theirs = blocks.key(j)
+
+        def query_block(i, carry):
+            dq, dk, dv = carry
+            q, own = blocks.query(i)
+            dout, lse, delta = (_cut(x, i, size) for x in (dout_btkgh, lse_btkg, delta_btkg))
+            lse, delta = (jnp.einsum("btkg->bkgt", x)[..., None] for x in (lse, delta))
+            scores, slope = _scores(kernel, q, k, own, theirs)
+            weights = jnp.exp(scores - lse)
+            dv += _einsum("bkgts,btkgh->bskh", weights.astype(v.dtype), dout)
+            dweights = _einsum("btkgh,bskh->bkgts", dout, v)
+            dscores = (weights * (dweights - delta) * slope * kernel.scale).astype(q.dtype)
+            dk += _einsum("bkgts,btkgh->bskh", dscores, q)
+            new = _cut(dq, i, size) + _einsum("bkgts,bskh->btkgh", dscores, k)
+            return jax.lax.dynamic_update_slice_in_dim(dq, new, i * size, 1), dk, dv
+
+        zeros = jnp.zeros(k.shape)
+        dq, dk, dv = jax.lax.fori_loop(*blocks.queries_seeing(j), query_block, (dq, zeros, zeros))
+        return dq, (dk, dv)
+
+    zeros = jnp.zeros(blocks.q.shape)
+    dq, dkv = jax.lax.scan(key_block, zeros, jnp.arange(blocks.num_key_blocks))
+    dk, dv = (jnp.moveaxis(d, 0, 1).reshape(batch, -1, *k_bskh.shape[2:]) for d in dkv)
+    keep = k_bskh.shape[1]
+    dq = dq.reshape(batch, -1, heads, head_dim)
+    return dq[:, :length], dk[:, :keep], dv[:, :keep]
+
+
+class _Blocks:
+    """The arguments, padded to whole blocks, and which blocks see which."""
+
+    def __init__(self, kernel, q_btnh, k_bskh, v_bskh, queries, keys, columns):
+        self.kv_heads = k_bskh.shape[2]
+        self.query_block = min(kernel.block, q_btnh.shape[1])
+        self.key_block = min(kernel.block, k_bskh.shape[1])
+        self.q = self.as_queries(q_btnh)
+        self.k, self.v = (_whole(x, self.key_block) for x in (k_bskh, v_bskh))
+        self.queries = _whole_places(queries, self.query_block, BEFORE)
+        self.keys = _whole_places(keys, self.key_block, NEVER)
+        self.num_query_blocks = self.q.shape[1] // self.query_block
+        self.num_key_blocks = self.k.shape[1] // self.key_block
+        self._sees = None if columns is None else self._column_rule(columns, kernel.window)
+
+    def as_queries(self, x_btn):
+        """[B, T, N, ...] as [B, T, K, G, ...] with T padded."""
+        batch, length, heads = x_btn.shape[:3]
+        shape = batch, length, self.kv_heads, heads // self.kv_heads, *x_btn.shape[3:]
+        return _whole(x_btn.reshape(shape), self.query_block)
+
+    def query(self, i):
+        """Queries and places of a block."""
+        return jax.tree.map(lambda x: _cut(x, i, self.query_block), (self.q, self.queries))
+
+    def key(self, j):
+        """Keys, values and places of a block."""
+        return jax.tree.map(lambda x: _cut(x, j, self.key_block), (self.k, self.v, self.keys))
+
+    def keys_seen(self, i):
+        """The first key block that a query block may see, and the one behind the last."""
+        return (0, self.num_key_blocks) if self._sees is None else _span(self._sees[i])
+
+    def queries_seeing(self, j):
+        """The first query block that may see a key block, and the one behind the last."""
+        return (0, self.num_query_blocks) if self._sees is None else _span(self._sees[:, j])
+
+    def _column_rule(self, columns, window):
+        first_q, last_q = _bounds(columns[0], self.query_block)
+        first_k, last_k = _bounds(columns[1], self.key_block)
+        sees = first_k[None, :] <= last_q[:, None]
+        if window is not None:
+            sees &= first_q[:, None] - last_k[None, :] < window
+        return sees
+
+
+def _scores(kernel, q_btkgh, k_bskh, queries, keys):
+    """Masked scores [B, K, G, T, S], float32, and the softcap's slope at them."""
+    scores = _einsum("btkgh,bskh->bkgts", q_btkgh, k_bskh) * kernel.scale
+    slope = jnp.float32(1.0)
+    if kernel.softcap is not None:
+        bent = jnp.tanh(scores / kernel.softcap)
+        scores, slope = kernel.softcap * bent, 1.0 - bent * bent
+    mask_bts = visible(queries, keys, kernel.window)
+    return jnp.where(mask_bts[:, None, None], scores, MASKED), slope
+
+
+def _einsum(subscripts, x, y):
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+
+
+def _cut(x, index, size):
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size, 1)
+
+
+def _whole(x, block, fill=0):
+    """Pad the second dimension to a multiple of the block."""
+    missing = -x.shape[1] % block
+    widths = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, constant_values=fill) if missing else x
+
+
+def _whole_places(places, block, position):
+    segments = None if places.segments is None else _whole(places.segments, block)
+    return Places(_whole(places.positions, block, position), segments)
+
+
+def _bounds(columns, block):
+    """The lowest and the highest column of each block."""
+    columns = jnp.pad(columns, (0, -columns.shape[0] % block), mode="edge").reshape(-1, block)
+    return columns.min(1), columns.max(1)
+
+
+def _span(seen):
+    """The range of indices outside which `seen` is False; (0, 0) where all is."""
+    some = seen.any()
+    first, last = jnp.argmax(seen), seen.size - jnp.argmax(seen[::-1])
+    return jnp.where(some, first, 0), jnp.where(some, last, 0)
+

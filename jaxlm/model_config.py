@@ -161,8 +161,8 @@ class ModelConfig:
     """Divide that deviation by sqrt(2 num_layers) where a sub-layer ends (GPT-2)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type (parameters stay float32); auto: bfloat16 on GPU, float32 on CPU."""
-    attention: Literal["auto", "plain", "xla", "cudnn"] = "auto"
-    """Attention backend; auto picks the fastest that honours the mask."""
+    attention: Literal["auto", "plain", "blocked", "xla", "cudnn"] = "auto"
+    """Attention backend; auto picks the fastest that honours the mask, blocked for long rows."""
     stack: Literal["scan", "unroll"] = "scan"
     """Run layers by a scan (compiles quickly) or unrolled (runs faster)."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -195,6 +195,11 @@ class ModelConfig:
             raise UserError(
                 f"model.attention={self.attention} supports neither attention_softcap nor "
                 "attention_dropout: use model.attention=auto"
+            )
+        if self.attention == "blocked" and self.attention_dropout:
+            raise UserError(
+                "model.attention=blocked does not support attention_dropout: use "
+                "model.attention=auto"
             )
         rotary = needs("model", self, "positions", "rotary")
         local = "local" in self.layer_pattern, "a local layer in model.layer_pattern"

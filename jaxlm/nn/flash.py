@@ -266,4 +266,3 @@ def _span(seen):
     some = seen.any()
     first, last = jnp.argmax(seen), seen.size - jnp.argmax(seen[::-1])
     return jnp.where(some, first, 0), jnp.where(some, last, 0)
-

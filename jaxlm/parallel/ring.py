@@ -30,9 +30,7 @@ def ring_order(length: int, size: int) -> np.ndarray:
     return np.concatenate([np.r_[chunks[i], chunks[2 * size - 1 - i]] for i in range(size)])
 
 
-def ring_attention(
-    q_btnh, k_btkh, v_btkh, queries, keys, *, forward: Callable, backward: Callable
-):
+def ring_attention(q_btnh, k_btkh, v_btkh, queries, keys, *, forward: Callable, backward: Callable):
     """Attention over rows in `ring_order`; returns [B, T, N, H] in the type of `q_btnh`.
 
     `queries` and `keys` are trees of arrays [B, T] that only the two functions look into:

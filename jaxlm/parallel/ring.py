@@ -42,7 +42,7 @@ def ring_attention(q_btnh, k_btkh, v_btkh, queries, keys, *, forward: Callable, 
 
     `columns` are the natural columns, rising, ([T] of queries, [S] of keys) of what they are given.
     A device holds its own part of every array, and one more of keys and values. The mesh is the one
-    in force; its other axes may be automatic or manual.
+    in force; its other axes may be automatic, or manual by a `shard_map` with `check_vma=False`.
     """
     split = PartitionSpec(None, AXIS)
 

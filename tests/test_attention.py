@@ -1,5 +1,6 @@
 """Attention against PyTorch's, given the mask in full."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 
 from jaxlm.errors import UserError
 from jaxlm.nn.attention import Places, attention
@@ -66,7 +68,7 @@ def softcapped_attention(q, k, v, mask, scale, cap):
     return out
 
 
-@pytest.mark.parametrize("backend", ["plain", "xla"])
+@pytest.mark.parametrize("backend", ["plain", "xla", "blocked"])
 @pytest.mark.parametrize("window", [None, 3], ids=["full", "window"])
 @pytest.mark.parametrize("places", [WHOLE, PACKED], ids=["whole", "packed"])
 def test_values_and_gradients_are_those_of_pytorch(places, window, backend):
@@ -88,9 +90,10 @@ def test_values_and_gradients_are_those_of_pytorch(places, window, backend):
         np.testing.assert_allclose(gradient, leaf.grad, atol=2e-5)
 
 
-def test_softcap_is_the_formula():
+@pytest.mark.parametrize("backend", ["plain", "blocked"])
+def test_softcap_is_the_formula(backend):
     q, k, v = inputs()
-    ours = attention(q, k, v, queries=PACKED, keys=PACKED, scale=2.0, softcap=1.5)
+    ours = attention(q, k, v, queries=PACKED, keys=PACKED, scale=2.0, softcap=1.5, backend=backend)
     theirs = softcapped_attention(q, k, v, mask_of(PACKED), 2.0, 1.5)
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
@@ -113,11 +116,12 @@ def test_any_segments_and_positions(data):
     np.testing.assert_allclose(packed_attention(*arrays, places), theirs, atol=2e-6)
 
 
-def test_keys_may_stand_elsewhere_than_queries():
+@pytest.mark.parametrize("backend", ["plain", "blocked"])
+def test_keys_may_stand_elsewhere_than_queries(backend):
     """As in decoding: the last two queries against all keys."""
     q, k, v = inputs()
     last = jax.tree.map(lambda x: x[:, -2:], PACKED)
-    ours = attention(q[:, -2:], k, v, queries=last, keys=PACKED, scale=0.5)
+    ours = attention(q[:, -2:], k, v, queries=last, keys=PACKED, scale=0.5, backend=backend)
     whole = attention(q, k, v, queries=PACKED, keys=PACKED, scale=0.5)
     np.testing.assert_allclose(ours, whole[:, -2:], atol=1e-6)
 
@@ -142,7 +146,7 @@ def test_scores_are_float32_whatever_the_inputs():
 def test_dropout_falls_on_probabilities():
     q, k, _ = inputs()
     ones = np.ones((BATCH, LENGTH, KV_HEADS, HEAD_DIM), np.float32)
-    drop = Dropout(jax.random.key(0), jnp.arange(BATCH))
+    drop = Dropout(jax.random.key(0), jnp.arange(BATCH * LENGTH).reshape(BATCH, LENGTH))
     out = attention(
         q, k, ones, queries=WHOLE, keys=WHOLE, scale=0.1, dropout=drop, dropout_rate=0.5
     )
@@ -155,3 +159,53 @@ def test_dropout_falls_on_probabilities():
 def test_cudnn_is_refused_where_it_cannot_mask_or_compute(places):
     with pytest.raises(UserError, match="use model"):
         attention(*inputs(), queries=places, keys=places, scale=1.0, backend="cudnn")
+
+
+def make_mesh(shape, axes):
+    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def lowered(length, cached=False, backend="auto", mesh=None, **options):
+    """The program of attention over rows of any length, as text."""
+    q, k = (jax.ShapeDtypeStruct((1, length, n, HEAD_DIM), jnp.float32) for n in (HEADS, KV_HEADS))
+    places = Places(jax.ShapeDtypeStruct((1, length), jnp.int32))
+
+    def run(q, k, v, queries, cache):
+        keys = cache if cached else queries
+        return attention(q, k, v, queries=queries, keys=keys, scale=1.0, backend=backend, **options)
+
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        return jax.jit(run).lower(q, k, k, places, places).as_text()
+
+
+def test_auto_takes_blocks_for_long_rows_without_cache_and_dropout():
+    drop = Dropout(jax.random.key(0), jnp.zeros((1, 1025), jnp.int32))
+    scores = "1025x1025xf32"
+    assert scores not in lowered(1025)
+    assert "1024x1024xf32" in lowered(1024)
+    assert scores in lowered(1025, cached=True)
+    assert scores in lowered(1025, dropout=drop, dropout_rate=0.1)
+    assert "1024x1024xf32" not in lowered(1024, backend="blocked")
+
+
+def test_a_mesh_that_splits_rows_makes_a_ring():
+    mesh = make_mesh((2, 4), ("dp", "cp"))
+    assert "collective_permute" in lowered(16, mesh=mesh)
+    assert "collective_permute" in lowered(16, mesh=mesh, backend="blocked")
+    # One token, as in initialisation; and a cache, which is not split.
+    assert "collective_permute" not in lowered(1, mesh=mesh)
+    assert "collective_permute" not in lowered(16, mesh=mesh, cached=True)
+    assert "collective_permute" not in lowered(16, mesh=make_mesh((8, 1), ("dp", "cp")))
+
+
+def test_what_needs_whole_rows_is_refused_where_there_are_none():
+    drop = Dropout(jax.random.key(0), jnp.zeros((1, 16), jnp.int32))
+    mesh = make_mesh((2, 4), ("dp", "cp"))
+    for backend in ("plain", "xla", "cudnn"):
+        with pytest.raises(UserError, match=f"attention={backend} needs whole rows.*cp=4"):
+            lowered(16, mesh=mesh, backend=backend)
+    with pytest.raises(UserError, match=r"attention_dropout needs the probabilities.*cp=4"):
+        lowered(16, mesh=mesh, dropout=drop, dropout_rate=0.1)
+    with pytest.raises(UserError, match="attention=blocked never holds"):
+        lowered(16, backend="blocked", dropout=drop, dropout_rate=0.1)
+    lowered(16, mesh=mesh, dropout=drop, dropout_rate=0.0)

@@ -13,7 +13,6 @@ decides it. Orbax restores flipped bits silently, therefore the checksums.
 """
 
 import errno
-import hashlib
 import json
 import logging
 import math
@@ -22,7 +21,6 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,11 +28,12 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxlm.errors import UserError
+from jaxlm.manifest import MANIFEST, verify, write_manifest
+from jaxlm.processes import ALONE, Group
 
 STATE = "state"
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
-MANIFEST = "manifest.json"
 _TRASH = "trash_"
 
 
@@ -54,13 +53,16 @@ class Checkpoints:
     `valid_loss`. Use as a context manager, or call `close`.
     """
 
-    def __init__(self, run_folder: str | Path, *, keep: int, keep_best: bool):
+    def __init__(self, run_folder: str | Path, *, keep: int, keep_best: bool, group: Group = ALONE):
+        """All processes of `group` write the arrays; the first writes and deletes the rest."""
         self._run = Path(run_folder).absolute()
+        self._group = group
         self._keep = keep
         self._keep_best = keep_best
         self._orbax = ocp.AsyncCheckpointer(_handler())
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
+        self._saves = 0
 
     def save(
         self, step: int, state: Any, *, config_text: str, tokenizer: Any, metrics: dict
@@ -73,18 +75,22 @@ class Checkpoints:
         """
         self.wait()
         folder = step_folder(self._run, step)
-        if verify(folder) is None:
+        if self._group.from_first(lambda: verify(folder) is None):
             return
         texts = {CONFIG: config_text, METRICS: json.dumps({"step": step, **metrics}, indent=1)}
-        arrays = _by_name(state)
         try:
-            _discard(folder)
-            folder.mkdir(parents=True)
-            self._orbax.save(folder / STATE, args=ocp.args.PyTreeSave(arrays))
+            self._group.from_first(lambda: _make_anew(folder))
+            with jax.profiler.TraceAnnotation("checkpoint: copy to the host"):
+                self._orbax.save(folder / STATE, args=ocp.args.PyTreeSave(_by_name(state)))
         except Exception as error:
             raise self._failure(folder, error) from error
-        # With several processes every one waits for Orbax, and process 0 does the rest.
+        self._saves += 1
         self._pending = self._background.submit(self._finish, folder, texts, tokenizer)
+
+    def check(self) -> None:
+        """Raise UserError if the last save has failed already; does not wait."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def wait(self) -> None:
         """Return once the last save is complete; raises UserError if it failed."""
@@ -110,18 +116,27 @@ class Checkpoints:
         self.close()
 
     def _finish(self, folder: Path, texts: dict[str, str], tokenizer: Any) -> None:
+        done = f"checkpoint/{self._saves}"
         try:
-            self._orbax.wait_until_finished()
-            for name, text in texts.items():
-                (folder / name).write_text(text, encoding="utf-8")
-            tokenizer.save(folder)
-            _write_manifest(folder)
+            with jax.profiler.TraceAnnotation("checkpoint: write"):
+                self._orbax.wait_until_finished()
+                if not self._group.is_first:
+                    self._group.get(done)
+                    return
+                for name, text in texts.items():
+                    (folder / name).write_text(text, encoding="utf-8")
+                tokenizer.save(folder)
+                write_manifest(folder)
         except Exception as error:
             raise self._failure(folder, error) from error
         self._prune(_step_of(folder))
+        if self._group.count > 1:
+            self._group.put(done, True)
 
-    def _failure(self, folder: Path, error: Exception) -> UserError:
+    def _failure(self, folder: Path, error: Exception) -> Exception:
         """Remove the half-written `folder`; the error to raise in place of `error`."""
+        if isinstance(error, jax.errors.JaxRuntimeError) and self._group.count > 1:
+            return error  # another process went away: that is what has to be told
         shutil.rmtree(folder, ignore_errors=True)
         steps = complete_steps(self._run)
         intact = f"{_name(steps[-1])} is intact" if steps else "no earlier checkpoint exists"
@@ -154,6 +169,11 @@ class Checkpoints:
             unfinished = _step_of(folder) is not None and not (folder / MANIFEST).exists()
             if unfinished or folder.name.startswith(_TRASH):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_anew(folder: Path) -> None:
+    _discard(folder)
+    folder.mkdir(parents=True)
 
 
 def step_folder(run_folder: str | Path, step: int) -> Path:
@@ -197,24 +217,6 @@ def latest_sound(run_folder: str | Path, report: Callable[[str], None]) -> int |
         state = "damaged" if folder in damaged else "unfinished"
         report(f"checkpoint {folder.name} is {state} ({problem}); {using}")
     return sound
-
-
-def verify(folder: str | Path) -> str | None:
-    """What is wrong with the checkpoint in a step folder, as a short phrase; None if it is sound.
-
-    Reads every byte.
-    """
-    folder = Path(folder)
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except FileNotFoundError:
-        return "no manifest"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is unreadable"
-    with ThreadPoolExecutor() as pool:
-        problems = pool.map(partial(_file_problem, folder), expected.items())
-        return next(filter(None, problems), None)
 
 
 def restore_state(folder: str | Path, abstract_state: Any) -> Any:
@@ -303,50 +305,6 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def _handler() -> ocp.PyTreeCheckpointHandler:
     # Trained weights hardly compress (8 % for float32), and trying doubles the time of a save.
     return ocp.PyTreeCheckpointHandler(use_compression=False)
-
-
-def _file_problem(folder: Path, expected: tuple[str, tuple[int, str]]) -> str | None:
-    name, (size, digest) = expected
-    try:
-        if (found := (folder / name).stat().st_size) != size:
-            return f"{name} has {found} bytes instead of {size}"
-        return None if _sha256(folder / name) == digest else f"bytes changed in {name}"
-    except FileNotFoundError:
-        return f"{name} is missing"
-    except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
-
-
-def _write_manifest(folder: Path) -> None:
-    """Force every file to the disk, then declare the checkpoint complete."""
-    entries = sorted(folder.rglob("*"))
-    files = [path for path in entries if path.is_file()]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(_sync, [*entries, folder, folder.parent]))
-        digests = list(pool.map(_sha256, files))
-    manifest = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, digests, strict=True)
-    }
-    draft = folder / f"{MANIFEST}.draft"
-    draft.write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
-    _sync(draft)
-    draft.rename(folder / MANIFEST)
-    _sync(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """fsync a file, or a folder's list of entries."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _discard(folder: Path) -> None:

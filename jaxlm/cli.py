@@ -25,7 +25,7 @@ from jaxlm.errors import NonFiniteError, UserError, nearest, show
 from jaxlm.model_config import ModelConfig
 from jaxlm.presets import PRESETS
 
-EXIT_USER_ERROR, EXIT_NONFINITE, EXIT_PREEMPTED = 2, 3, 75
+EXIT_USER_ERROR, EXIT_NONFINITE, EXIT_PREEMPTED, EXIT_LOST = 2, 3, 75, 76
 
 
 def parse_config(
@@ -85,31 +85,34 @@ def run_command(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     """Run `main(argv)` as a process: one sentence for a user's mistake, and the exit code."""
     try:
         code = main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USER_ERROR
-    except NonFiniteError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        code = EXIT_NONFINITE
-    except RuntimeError as error:  # JAX's, known by its text: importing JAX here would be slow
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (Exception, KeyboardInterrupt) as error:
+        if (known := explain(error)) is None:
             raise
-        print(f"error: {_out_of_memory(str(error))}", file=sys.stderr)
-        code = EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        code = 1
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(
-            f"error: no space left on the disk ({error.filename or 'while writing'}); what was "
-            "complete is intact: free some and run the same command again",
-            file=sys.stderr,
-        )
-        code = EXIT_USER_ERROR
+        sentence, code = known
+        if sentence:
+            print(sentence, file=sys.stderr)
     sys.exit(code or 0)
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """One sentence and the exit code for an error that is no fault of the program's, or None."""
+    if isinstance(error, UserError):
+        return f"error: {error}", EXIT_USER_ERROR
+    if isinstance(error, NonFiniteError):
+        return f"stopped: {error}", EXIT_NONFINITE
+    # JAX's, known by its text: importing JAX here would be slow.
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return f"error: {_out_of_memory(str(error))}", EXIT_USER_ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return "", 130
+    if isinstance(error, BrokenPipeError):
+        return "", 1
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return (
+            f"error: no space left on the disk ({error.filename or 'while writing'}); what was "
+            "complete is intact: free some and run the same command again"
+        ), EXIT_USER_ERROR
+    return None
 
 
 def _out_of_memory(text: str) -> str:

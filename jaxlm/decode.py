@@ -13,6 +13,7 @@ from jaxlm.losses import blocked_token_nll
 from jaxlm.mesh import batch_shards
 from jaxlm.models.stack import unstack
 from jaxlm.nn.attention import Places
+from jaxlm.processes import place, to_host
 from jaxlm.sharding import Layout, batch_sharding, make_layout, path_name, split_boxes
 from jaxlm.step import on_mesh
 
@@ -146,14 +147,14 @@ class DecodeProgram:
             np.int32(-1 if eos_id is None else eos_id),
             np.int32(longest),
         )
-        tokens = jax.device_put(tokens, batch_sharding(self.mesh))
+        tokens = place(tokens, batch_sharding(self.mesh))
         state = self._prefill(
             sampling.kind, bucket(max_new_tokens), params, tokens, lengths, ids, settings
         )
         target = max_new_tokens if chunk is None else min(chunk, max_new_tokens)
         while True:
             state = self._extend(sampling.kind, params, state, np.int32(target), settings)
-            made, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
+            made, lengths, done = to_host((state.tokens, state.lengths, state.done))
             texts = [row[:n].tolist() for row, n in zip(made[:count], lengths[:count], strict=True)]
             texts = [text[:-1] if text[-1] == eos_id else text for text in texts]
             yield texts
@@ -162,7 +163,7 @@ class DecodeProgram:
             ended[count:] = True
             if ended.all() or target == max_new_tokens:
                 return
-            state = dataclasses.replace(state, done=jax.device_put(ended, state.done.sharding))
+            state = dataclasses.replace(state, done=place(ended, state.done.sharding))
             target = min(target + chunk, max_new_tokens)
 
     def score(self, params, texts: list[list[int]]) -> list[np.ndarray]:
@@ -173,8 +174,8 @@ class DecodeProgram:
         tokens = np.zeros((rows, length + 1), np.int32)
         for row, text in zip(tokens, filled, strict=True):
             row[: len(text)] = text
-        inputs = jax.device_put((tokens[:, :-1], tokens[:, 1:]), batch_sharding(self.mesh))
-        nll = np.asarray(self._nll(params, *inputs))
+        inputs = place((tokens[:, :-1], tokens[:, 1:]), batch_sharding(self.mesh))
+        nll = to_host(self._nll(params, *inputs))
         return [-row[: len(text) - 1] for row, text in zip(nll, texts, strict=False)]
 
     @functools.cached_property

@@ -15,11 +15,14 @@ MOST_VIRTUAL_DEVICES = 1024
 NOT_YET = {"pp": "pipeline", "ep": "expert", "cp": "context"}
 
 
-def make_mesh(text: str = "dp", report: Callable[[str], None] = lambda line: None) -> Mesh:
+def make_mesh(
+    text: str = "dp", report: Callable[[str], None] = lambda line: None, processes: int = 1
+) -> Mesh:
     """A mesh with every axis of `MESH_AXES`, those not named in `text` of size 1.
 
     A machine without accelerators gets as many virtual CPU devices as the mesh asks for, if JAX
-    has not started yet, and `report` is told. Raises UserError where devices and mesh disagree.
+    has not started yet, and `report` is told; each of several processes has an equal part of them.
+    Raises UserError where devices and mesh disagree.
     """
     sizes = parse_mesh(text)
     for axis, kind in NOT_YET.items():
@@ -29,7 +32,7 @@ def make_mesh(text: str = "dp", report: Callable[[str], None] = lambda line: Non
                 f"have yet: leave {axis} out and use dp, fsdp and tp"
             )
     fixed = math.prod(n for n in sizes.values() if n != OPEN)
-    _provide_cpu_devices(fixed)
+    _provide_cpu_devices(-(-fixed // processes))
     devices = _devices()
     on_cpu = devices[0].platform == "cpu"
     open_axis = next((axis for axis, n in sizes.items() if n == OPEN), None)
@@ -41,6 +44,14 @@ def make_mesh(text: str = "dp", report: Callable[[str], None] = lambda line: Non
             f"mesh={text!r} needs {total} devices, but this machine has only CPUs, which can stand "
             f"in for {MOST_VIRTUAL_DEVICES} at most: use a smaller mesh"
         )
+    if on_cpu and total % processes:
+        nearest = " or ".join(
+            f"--mesh={mesh}" for mesh in nearest_meshes(sizes, -(-total // processes) * processes)
+        )
+        raise UserError(
+            f"mesh={text!r} has {total} devices, which do not divide over {processes} processes: "
+            f"use {nearest}"
+        )
     if on_cpu and len(devices) < total:
         raise UserError(
             f"mesh={text!r} needs {total} devices, but JAX already started with {len(devices)}: "
@@ -51,7 +62,10 @@ def make_mesh(text: str = "dp", report: Callable[[str], None] = lambda line: Non
     if on_cpu and total > 1:
         report(f"mesh {format_mesh(sizes)}: {total} virtual CPU devices on {os.cpu_count()} cores")
     return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 6, devices=devices[:total]
+        tuple(sizes.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * 6,
+        devices=_part_of_each(devices, total, processes),
     )
 
 
@@ -79,6 +93,16 @@ def nearest_meshes(
         return new_axes, sum(abs(math.log(ratio)) for ratio in ratios)
 
     return [format_mesh(candidate) for candidate in sorted(filter(works, fits), key=unlike)[:count]]
+
+
+def _part_of_each(devices: list[jax.Device], total: int, processes: int) -> list[jax.Device]:
+    """The first `total` devices, as many of each process."""
+    if len(devices) == total or processes == 1:
+        return devices[:total]
+    each = total // processes
+    return [
+        d for p in range(processes) for d in [d for d in devices if d.process_index == p][:each]
+    ]
 
 
 def _devices() -> list[jax.Device]:

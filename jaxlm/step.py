@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jaxlm.config import Config
 from jaxlm.nn.layers import Dropout
+from jaxlm.processes import place
 from jaxlm.sharding import (
     Layout,
     axes_like,
@@ -132,9 +133,9 @@ class Program:
     eval_step: Callable
     """(parameters, Batch) -> (nats, targets)."""
 
-    def put(self, batch: Batch) -> Batch:
-        """A host batch on the devices."""
-        return jax.device_put(batch, batch_sharding(self.mesh))
+    def put(self, batch: Batch, rows=None, count: int = 0) -> Batch:
+        """A host batch on the devices; with `rows`, it is these of the global batch's `count`."""
+        return place(batch, batch_sharding(self.mesh), rows, count)
 
 
 def build_program(model, make_optimizer: Callable, schedule: Callable, config: Config, mesh: Mesh):

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxlm"
 # Rooms from the ground up; a package is one room with all its modules.
 FLOORS = [
     {"errors", "axes", "values", "model_config", "config", "presets", "cli"},
-    {"mesh", "tokenizer", "flops", "monitor"},
+    {"mesh", "tokenizer", "flops", "monitor", "manifest", "liveness", "processes", "profiling"},
     {"sharding"},
     {"data", "optim", "parallel"},
     {"nn", "losses"},

@@ -1,8 +1,8 @@
 """From token files to batches, each a pure function of the seed and the step.
 
 A row is addressed by its index, so Grain can permute, mix and prefetch rows by arithmetic alone:
-nothing has to be replayed to resume at a step, and every process computes its own part of the same
-global batch.
+nothing has to be replayed to resume at a step, and every process reads only its own rows of the
+same global batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -68,18 +68,16 @@ def training_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     prefetch: int = 4,
 ) -> Iterator[Row]:
-    """Endless batches of int32 [batch_size / process_count, seq_len + 1] arrays, as in `Rows`.
+    """Endless batches of int32 [batch_size, seq_len + 1] arrays, as in `Rows`.
 
     In every epoch each row comes once, in a new order. With `weights`, each source has its own
     epochs, and rows are drawn from the sources in these proportions (Grain keeps them to 1 %).
-    `batch_size` is global; the parts of all processes, in their order, are the batch that a single
-    process would get.
+    `batch_size` is global; `rows` are those of each batch that are wanted, the others are not read.
 
-    Raises UserError for fewer rows than a batch has, and for a batch that cannot be divided.
+    Raises UserError for fewer rows than a batch has.
     """
     sources = [Rows(file, seq_len) for file in token_files]
     num_rows = sum(map(len, sources))
@@ -89,21 +87,21 @@ def training_batches(
             f"train.batch_size={batch_size}: give it more text, or set train.batch_size to "
             f"{num_rows} or less"
         )
-    part = _part_size(batch_size, process_count)
     # Neighbouring seeds would share orders: Grain's shuffle adds the epoch to the seed.
     seeds = map(int, np.random.SeedSequence(seed).generate_state(len(sources)))
     datasets = [grain.MapDataset.source(rows) for rows in sources]
     if weights is None:
-        rows = grain.MapDataset.concatenate(datasets).shuffle(seed=next(seeds)).repeat()
+        stream = grain.MapDataset.concatenate(datasets).shuffle(seed=next(seeds)).repeat()
     else:
         endless = [d.shuffle(seed=s).repeat() for d, s in zip(datasets, seeds, strict=True)]
-        rows = grain.MapDataset.mix(endless, list(weights))
-    # One batch is as large as a process's part; the global batch is the next process_count of them.
-    mine = slice(start_step * process_count + process_index, None, process_count)
+        stream = grain.MapDataset.mix(endless, list(weights))
+    wanted = range(batch_size) if rows is None else rows
+    mine = grain.MapDataset.source(_Part(stream, batch_size, wanted))
     options = grain.ReadOptions(
         num_threads=min(READER_THREADS, prefetch), prefetch_buffer_size=prefetch
     )
-    return iter(rows.batch(part).slice(mine).to_iter_dataset(options))
+    batches = mine.batch(len(wanted)).slice(slice(start_step, None))
+    return iter(batches.to_iter_dataset(options))
 
 
 def validation_batches(
@@ -112,33 +110,35 @@ def validation_batches(
     seq_len: int,
     batch_size: int,
     limit: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Row]:
     """Every row once, in order, in batches as `training_batches` has them.
 
     `limit` is the largest number of batches, 0 for all. The last batch is filled up with rows of
-    padding (segment 0), so that all have the same shape in every process.
-
-    Raises UserError for a batch that cannot be divided.
+    padding (segment 0), so that all have the same shape.
     """
-    part = _part_size(batch_size, process_count)
-    rows = grain.MapDataset.concatenate(
+    stream = grain.MapDataset.concatenate(
         [grain.MapDataset.source(Rows(file, seq_len)) for file in token_files]
     )
-    num_batches = -(-len(rows) // batch_size)
+    num_batches = -(-len(stream) // batch_size)
+    wanted = range(batch_size) if rows is None else rows
     for batch in range(min(num_batches, limit or num_batches)):
-        start = batch * batch_size + process_index * part
-        chosen = [
-            rows[r] if r < len(rows) else padding_row(seq_len) for r in range(start, start + part)
-        ]
+        places = (batch * batch_size + row for row in wanted)
+        chosen = [stream[r] if r < len(stream) else padding_row(seq_len) for r in places]
         yield {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
 
 
-def _part_size(batch_size: int, process_count: int) -> int:
-    if batch_size % process_count:
-        raise UserError(
-            f"train.batch_size={batch_size} is not a multiple of the {process_count} processes: "
-            f"use {-(-batch_size // process_count) * process_count}"
-        )
-    return batch_size // process_count
+class _Part(Sequence):
+    """The wanted rows of each batch of a stream, one batch after the other."""
+
+    def __init__(self, stream: grain.MapDataset, batch_size: int, wanted: Sequence[int]):
+        self._stream = stream
+        self._batch_size = batch_size
+        self._wanted = [int(row) for row in wanted]
+
+    def __len__(self) -> int:
+        return len(self._stream) // self._batch_size * len(self._wanted)
+
+    def __getitem__(self, index: int) -> Row:
+        batch, place = divmod(index, len(self._wanted))
+        return self._stream[batch * self._batch_size + self._wanted[place]]

@@ -264,7 +264,7 @@ def test_every_step_is_half_visible_on_every_device():
     size, counts = 4, []
     kernel = flash.Kernel(SCALE, block=LENGTH // (2 * size))
 
-    def forward(q, k, v, queries, keys, columns):
+    def forward(q, k, v, queries, keys, columns, before):
         blocks = flash._Blocks(kernel, q, k, v, queries, keys, columns)
         spans = [blocks.keys_seen(i) for i in range(blocks.num_query_blocks)]
         pairs = sum(last - first for first, last in spans)

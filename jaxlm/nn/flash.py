@@ -94,17 +94,20 @@ def _attend_backward(kernel, residuals, dout):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def forward(kernel: Kernel, q_btnh, k_bskh, v_bskh, queries, keys, columns=None):
+def forward(kernel: Kernel, q_btnh, k_bskh, v_bskh, queries, keys, columns=None, before=None):
     """(output [B, T, N, H], log of the sum of exponentials [B, T, N]), both float32.
 
     `columns` are the natural columns ([T] of queries, [S] of keys) by which blocks are skipped;
-    keys' columns rise. None skips nothing. A query that sees nothing gets zeros and `MASKED`.
+    keys' columns rise. None skips nothing. `before` is what this function gave for other keys: the
+    result is then that of both. A query that sees nothing gets zeros and `MASKED`.
     """
-    batch, length, heads, head_dim = q_btnh.shape
+    batch, length, heads, _ = q_btnh.shape
     blocks = _Blocks(kernel, q_btnh, k_bskh, v_bskh, queries, keys, columns)
-    stats = (batch, blocks.kv_heads, heads // blocks.kv_heads, blocks.query_block)
+    size = blocks.query_block
+    if before is None:
+        before = jnp.zeros(q_btnh.shape), jnp.full(q_btnh.shape[:3], MASKED)
 
-    def query_block(i):
+    def query_block(i, carry):
         q, own = blocks.query(i)
 
         def key_block(j, carry):
@@ -119,25 +122,39 @@ def forward(kernel: Kernel, q_btnh, k_bskh, v_bskh, queries, keys, columns=None)
             update = _einsum("bkgts,bskh->bkgth", weights.astype(v.dtype), v)
             return acc * shrink[..., None] + update, new_top, total * shrink + weights.sum(-1)
 
-        start = jnp.zeros((*stats, head_dim)), jnp.full(stats, MASKED), jnp.zeros(stats)
+        out, lse = (_cut(x, i, size) for x in carry)
+        acc, top = jnp.einsum("btkgh->bkgth", out), jnp.einsum("btkg->bkgt", lse)
+        # Other keys' part goes on as if it were one key with their output as its value.
+        start = acc, top, jnp.where(top == MASKED, 0.0, 1.0)
         acc, top, total = jax.lax.fori_loop(*blocks.keys_seen(i), key_block, start)
         seen = total > 0
         total = jnp.where(seen, total, 1.0)
-        lse = jnp.where(seen, top + jnp.log(total), MASKED)
-        return acc / total[..., None], lse
+        out = jnp.einsum("bkgth->btkgh", acc / total[..., None])
+        lse = jnp.einsum("bkgt->btkg", jnp.where(seen, top + jnp.log(total), MASKED))
+        return tuple(_put(x, new, i, size) for x, new in zip(carry, (out, lse), strict=True))
 
-    out, lse = jax.lax.map(query_block, jnp.arange(blocks.num_query_blocks))
-    out = jnp.einsum("ibkgth->bitkgh", out).reshape(batch, -1, heads, head_dim)
-    lse = jnp.einsum("ibkgt->bitkg", lse).reshape(batch, -1, heads)
+    start = tuple(map(blocks.as_queries, before))
+    out, lse = jax.lax.fori_loop(0, blocks.num_query_blocks, query_block, start)
+    out, lse = (x.reshape(batch, -1, heads, *x.shape[4:]) for x in (out, lse))
     return out[:, :length], lse[:, :length]
 
 
 def backward(
-    kernel: Kernel, q_btnh, k_bskh, v_bskh, queries, keys, columns, out_btnh, lse_btn, dout_btnh
+    kernel: Kernel,
+    q_btnh,
+    k_bskh,
+    v_bskh,
+    queries,
+    keys,
+    columns,
+    out_btnh,
+    lse_btn,
+    dout_btnh,
+    dq_btnh=None,
 ):
     """Gradients (dq [B, T, N, H], dk, dv [B, S, K, H]) in float32, of these keys' part.
 
-    `out_btnh` and `lse_btn` are the whole row's, over keys elsewhere too.
+    `out_btnh` and `lse_btn` are the whole row's, over keys elsewhere too; `dq_btnh` is added to.
     """
     # FlashAttention's D: what the softmax's gradient takes off each row.
     delta_btn = jnp.sum(dout_btnh.astype(jnp.float32) * out_btnh.astype(jnp.float32), -1)
@@ -164,14 +181,14 @@ def backward(
             dscores = (weights * (dweights - delta) * slope * kernel.scale).astype(q.dtype)
             dk += _einsum("bkgts,btkgh->bskh", dscores, q)
             new = _cut(dq, i, size) + _einsum("bkgts,bskh->btkgh", dscores, k)
-            return jax.lax.dynamic_update_slice_in_dim(dq, new, i * size, 1), dk, dv
+            return _put(dq, new, i, size), dk, dv
 
         zeros = jnp.zeros(k.shape)
         dq, dk, dv = jax.lax.fori_loop(*blocks.queries_seeing(j), query_block, (dq, zeros, zeros))
         return dq, (dk, dv)
 
-    zeros = jnp.zeros(blocks.q.shape)
-    dq, dkv = jax.lax.scan(key_block, zeros, jnp.arange(blocks.num_key_blocks))
+    start = jnp.zeros(blocks.q.shape) if dq_btnh is None else blocks.as_queries(dq_btnh)
+    dq, dkv = jax.lax.scan(key_block, start, jnp.arange(blocks.num_key_blocks))
     dk, dv = (jnp.moveaxis(d, 0, 1).reshape(batch, -1, *k_bskh.shape[2:]) for d in dkv)
     keep = k_bskh.shape[1]
     dq = dq.reshape(batch, -1, heads, head_dim)
@@ -241,6 +258,10 @@ def _einsum(subscripts, x, y):
 
 def _cut(x, index, size):
     return jax.lax.dynamic_slice_in_dim(x, index * size, size, 1)
+
+
+def _put(x, new, index, size):
+    return jax.lax.dynamic_update_slice_in_dim(x, new, index * size, 1)
 
 
 def _whole(x, block, fill=0):

@@ -1,7 +1,7 @@
 """Context parallelism: attention over rows that are split over the mesh axis `cp`.
 
 Ring attention (Liu et al., 2023, arXiv 2310.01889): every device keeps its queries and passes its
-keys and values on to the next, merging what it gets by the logarithms of the softmax's sums. Under
+keys and values on to the next, merging what it finds by the logarithms of the softmax's sums. Under
 a causal mask, contiguous parts would leave the first devices idle (Brandon et al., 2023, "Striped
 Attention"); device i instead holds the chunks i and 2n - 1 - i of 2n, one early and one late (as
 in Llama 3, Dubey et al., 2024), and then each step is about half visible on every device.
@@ -35,10 +35,11 @@ def ring_attention(q_btnh, k_btkh, v_btkh, queries, keys, *, forward: Callable, 
 
     `queries` and `keys` are trees of arrays [B, T] that only the two functions look into:
 
-    - `forward(q, k, v, queries, keys, columns)` gives the output over these keys alone and the log
-      of the sum of exponentials [B, T, N] (finite where nothing is seen), in float32;
-    - `backward(q, k, v, queries, keys, columns, out, lse, dout)` gives their part of (dq, dk, dv)
-      in float32, `out` and `lse` being the whole row's.
+    - `forward(q, k, v, queries, keys, columns, before)` gives the output, the log of the sum of
+      exponentials [B, T, N], both float32, over these keys and those that gave `before` (or None);
+    - `backward(q, k, v, queries, keys, columns, out, lse, dout, dq)` gives, in float32, the `dq` it
+      was given (or None) with these keys' part added, and their own dk and dv; `out` and `lse` are
+      the whole row's.
 
     `columns` are the natural columns, rising, ([T] of queries, [S] of keys) of what they are given.
     A device holds its own part of every array, and one more of keys and values. The mesh is the one
@@ -72,24 +73,20 @@ def _forward_ring(forward, q, k, v, queries, keys):
     """One device's output in the type of `q`, and its log-sums."""
     size, columns = _columns(q.shape[1])
 
-    def visit(step, merged, held):
-        out, lse = forward(q, held[0], held[1], queries, held[2], columns(step))
-        if merged is None:
-            return out, lse
-        total = jnp.logaddexp(merged[1], lse)
-        old, new = (jnp.exp(x - total)[..., None] for x in (merged[1], lse))
-        return old * merged[0] + new * out, total
+    def visit(step, before, held):
+        k, v, keys = held
+        return forward(q, k, v, queries, keys, columns(step), before)
 
-    def step(carry, step):
-        merged, held = carry
-        following = _pass_on(held)  # before the work, so that it can travel meanwhile
-        return (visit(step, merged, held), following), None
+    def middle(carry, step):
+        before, held = carry
+        following = _pass_on(held)  # ahead of the work, so that they can travel meanwhile
+        return (visit(step, before, held), following), None
 
     held = k, v, keys
     following = _pass_on(held)
     carry = visit(0, None, held), following
-    (merged, held), _ = jax.lax.scan(step, carry, jnp.arange(1, size - 1))
-    out, lse = visit(size - 1, merged, held)
+    (before, held), _ = jax.lax.scan(middle, carry, jnp.arange(1, size - 1))
+    out, lse = visit(size - 1, before, held)
     return out.astype(q.dtype), lse
 
 
@@ -100,24 +97,25 @@ def _backward_ring(backward, q, k, v, queries, keys, out, lse, dout):
     """
     size, columns = _columns(q.shape[1])
 
-    def visit(step, held):
+    def visit(step, dq, held):
         k, v, keys = held
-        return backward(q, k, v, queries, keys, columns(step), out, lse, dout)
+        dq, *dkv = backward(q, k, v, queries, keys, columns(step), out, lse, dout, dq)
+        return dq, dkv
 
-    def step(carry, step):
+    def middle(carry, step):
         dq, dkv, held = carry
         following, dkv = _pass_on(held), _pass_on(dkv)  # both travel during the work
-        more, *theirs = visit(step, held)
-        return (dq + more, _add(dkv, theirs), following), None
+        dq, more = visit(step, dq, held)
+        return (dq, _add(dkv, more), following), None
 
     held = k, v, keys
     following = _pass_on(held)
-    dq, *dkv = visit(0, held)
-    (dq, dkv, held), _ = jax.lax.scan(step, (dq, dkv, following), jnp.arange(1, size - 1))
+    carry = *visit(0, None, held), following
+    (dq, dkv, held), _ = jax.lax.scan(middle, carry, jnp.arange(1, size - 1))
     dkv = _pass_on(dkv)
-    more, *theirs = visit(size - 1, held)
-    dk, dv = _pass_on(_add(dkv, theirs))
-    return (dq + more).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    dq, more = visit(size - 1, dq, held)
+    dk, dv = _pass_on(_add(dkv, more))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _columns(length):
@@ -138,4 +136,4 @@ def _pass_on(tree):
 
 
 def _add(tree, other):
-    return jax.tree.map(jnp.add, list(tree), list(other))
+    return jax.tree.map(jnp.add, tree, other)

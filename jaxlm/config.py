@@ -206,6 +206,8 @@ class LogConfig:
     """Steps between looks at the device; every step still has its line in metrics.jsonl."""
     wandb_project: str | None = None
     """Weights & Biases project (needs the extra jaxlm[wandb]); null: not used."""
+    stall_minutes: Positive | None = 10.0
+    """Print what every thread is doing when no step was finished for so long; null: never."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -13,7 +13,7 @@ from jaxlm.losses import blocked_token_nll
 from jaxlm.mesh import batch_shards
 from jaxlm.models.stack import unstack
 from jaxlm.nn.attention import Places
-from jaxlm.processes import place, to_host
+from jaxlm.placement import place, to_host
 from jaxlm.sharding import Layout, batch_sharding, make_layout, path_name, split_boxes
 from jaxlm.step import on_mesh
 

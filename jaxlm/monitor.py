@@ -58,15 +58,30 @@ class MetricsLog:
             self._wandb.finish()
 
 
+class NoLog:
+    """What the processes write that do not write the log."""
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class Display:
     """A live progress line on a terminal, plain lines now and then elsewhere."""
 
-    def __init__(self, total: int, step: int):
+    def __init__(self, total: int, step: int, quiet: bool = False):
+        """`quiet`, of several processes those that leave the talking to another, shows nothing."""
+        self._quiet = quiet
         self._total = total
         self._clock = Countdown(total)
         self._last_line = 0.0
         self._progress = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not quiet:
             columns = ("step {task.completed}/{task.total}", "{task.fields[numbers]}")
             self._progress = Progress(
                 *(TextColumn(text, table_column=Column(no_wrap=True)) for text in columns),
@@ -99,7 +114,7 @@ class Display:
         """Print a line, above the live one if there is one."""
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
+        elif not self._quiet:
             print(text, flush=True)
 
     def close(self) -> None:
@@ -131,7 +146,7 @@ class Meter:
 
     def __init__(
         self,
-        log: MetricsLog,
+        log: MetricsLog | NoLog,
         display: Display,
         *,
         tokens_per_step: int,

@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Sharding
 
 from jaxlm.cli import explain
 from jaxlm.errors import UserError
@@ -176,17 +173,22 @@ class Group:
         """Whether this process writes what one alone writes, and speaks."""
         return self.index == 0
 
-    def gather(self, value: Any) -> list:
+    @property
+    def who(self) -> str:
+        """` in process 1 on HOST` for one of several; empty for one alone."""
+        return f" in process {self.index} on {self.hosts[self.index]}" if self.count > 1 else ""
+
+    def gather(self, value: Any, seconds: float | None = None) -> list:
         """Every process's value, in their order; anything JSON can hold."""
         if self.count == 1:
             return [value]
         name = f"gather/{next(self._numbers)}"
         self.put(f"{name}/{self.index}", value)
-        return [self.get(f"{name}/{i}") for i in range(self.count)]
+        return [self.get(f"{name}/{i}", seconds) for i in range(self.count)]
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        self.gather(None)
+    def barrier(self, seconds: float | None = None) -> None:
+        """Wait until every process is here, an hour unless told otherwise."""
+        self.gather(None, seconds)
 
     def from_first(self, make: Callable[[], Any], seconds: float | None = None) -> Any:
         """What `make` returns in process 0, the only one to call it; anything JSON can hold.
@@ -202,12 +204,13 @@ class Group:
 
     def check_same(self, values: dict[str, Any]) -> None:
         """Raise UserError where a process's `values` are not those of process 0."""
-        first = self.from_first(lambda: values)
-        for name, value in json.loads(json.dumps(values, default=str)).items():
-            if value != first[name]:
+        texts = {name: json.dumps(value, default=str) for name, value in values.items()}
+        first = self.from_first(lambda: texts)
+        for name, text in texts.items():
+            if text != first[name]:
                 raise UserError(
-                    f"process {self.index} on {self.hosts[self.index]} has {name}={value!r}, but "
-                    f"process 0 on {self.hosts[0]} has {first[name]!r}: give all the same"
+                    f"process {self.index} on {self.hosts[self.index]} has {name}={text}, but "
+                    f"process 0 on {self.hosts[0]} has {first[name]}: give all the same"
                 )
 
     def put(self, name: str, value: Any) -> None:
@@ -342,60 +345,3 @@ def _fail(group: Group, error: BaseException) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-# -- rows of a batch that this process holds ------------------------------------------------------
-
-
-def rows_held(sharding: Sharding, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (first dimension) of a global array that this process holds, and those it answers for.
-
-    A row whose parts are spread over processes, or that several have, is held by all of these; the
-    one with the lowest number answers for it.
-    """
-    owners = np.full(shape[0], np.iinfo(np.int32).max)
-    held = np.zeros(shape[0], bool)
-    me = jax.process_index()
-    for device, index in sharding.devices_indices_map(shape).items():
-        owners[index[0]] = np.minimum(owners[index[0]], device.process_index)
-        held[index[0]] |= device.process_index == me
-    return np.flatnonzero(held), np.flatnonzero(owners == me)
-
-
-def place(tree: Any, sharding: Sharding, rows: np.ndarray | None = None, count: int = 0):
-    """Host arrays as global ones on the devices of all processes.
-
-    With `rows`, ascending, the arrays hold only these of `count` rows: all that this process's
-    devices need. Without, every process gives the whole.
-    """
-    if sharding.is_fully_addressable:
-        return jax.device_put(tree, sharding)
-
-    def put(x):
-        if rows is None:
-            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-        def part(index):
-            wanted = np.arange(count)[index[0]]
-            return x[(np.searchsorted(rows, wanted), *index[1:])]
-
-        return jax.make_array_from_callback((count, *x.shape[1:]), sharding, part)
-
-    return jax.tree.map(put, tree)
-
-
-def to_host(tree: Any):
-    """Arrays as NumPy ones, whole in every process."""
-
-    def fetch(x):
-        if x.is_fully_addressable or x.is_fully_replicated:
-            return np.asarray(x)
-        return multihost_utils.process_allgather(x, tiled=True)
-
-    return jax.tree.map(fetch, jax.tree.map(_start_copy, tree))
-
-
-def _start_copy(x: jax.Array) -> jax.Array:
-    if x.is_fully_addressable or x.is_fully_replicated:
-        x.copy_to_host_async()
-    return x

@@ -12,6 +12,7 @@ from jaxlm.cli import dump_config, flatten, read_config
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared
 from jaxlm.errors import UserError, show
+from jaxlm.processes import Group
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
 DATA = "data.json"
@@ -128,6 +129,19 @@ def _check_config(run: Path, config: Config) -> None:
             f"{run} holds a run with another configuration ({differences}): give the same, or "
             "another --out"
         )
+
+
+@contextlib.contextmanager
+def claimed(run: Path, config: Config, prepared: Prepared, group: Group):
+    """The run folder, locked and claimed for a group of processes by its first."""
+    with contextlib.ExitStack() as stack:
+
+        def lock_and_claim():
+            stack.enter_context(locked(run))
+            claim(run, config, prepared)
+
+        group.from_first(lock_and_claim)
+        yield
 
 
 @contextlib.contextmanager

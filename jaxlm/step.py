@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxlm.config import Config
 from jaxlm.nn.layers import Dropout
-from jaxlm.processes import place
+from jaxlm.placement import place
 from jaxlm.sharding import (
     Layout,
     axes_like,

@@ -2,54 +2,69 @@
 
 import contextlib
 import functools
-import itertools
+import math
 import os
 import signal
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 
+from jaxlm import processes, profiling
 from jaxlm.api import load_params
 from jaxlm.checkpoint import Checkpoints, latest_sound, restore_state, step_folder
 from jaxlm.cli import EXIT_PREEMPTED, dump_config, flatten, parse_config, run_command
 from jaxlm.config import Config
-from jaxlm.data.corpus import Prepared, prepare
-from jaxlm.data.loader import training_batches, validation_batches
-from jaxlm.decode import Sampling, build_decode_program
+from jaxlm.data.corpus import Prepared, prepare_together
 from jaxlm.errors import UserError
 from jaxlm.flops import peak_flops, training_flops_per_token
+from jaxlm.inputs import Inputs
+from jaxlm.liveness import Stall
 from jaxlm.mesh import enable_compilation_cache, make_mesh
 from jaxlm.models.decoder import Decoder
-from jaxlm.monitor import Display, Meter, MetricsLog
+from jaxlm.monitor import Display, Meter, MetricsLog, NoLog
 from jaxlm.optim import learning_rate, make_optimizer
-from jaxlm.run_folder import claim, locked, with_vocabulary
+from jaxlm.processes import Group, find_launch, joined
+from jaxlm.profiling import Profile
+from jaxlm.run_folder import claimed, with_vocabulary
 from jaxlm.sharding import check_fits
 from jaxlm.step import TrainState, build_program
-from jaxlm.tasks.language_modelling import Batch, compressed_bits, make_batch, validation_metrics
+from jaxlm.tasks.language_modelling import Batch
+from jaxlm.validation import Validation
 
-BATCHES_ON_DEVICE = 2
+# Settings of the machine, which the processes of a run need not share.
+MAY_DIFFER = ("data.cache", "data.workers", "data.prefetch")
 
 
 def main(argv: list[str]) -> int:
     """Train what the command line asks for; returns the exit code."""
-    config, _ = parse_config(
+
+    def add_arguments(parser):
+        profiling.add_arguments(parser)
+        processes.add_arguments(parser)
+
+    config, arguments = parse_config(
         argv,
         command="jaxlm.train",
         description="Train a language model. The same command again continues the run.",
+        add_arguments=add_arguments,
     )
-    run = Path(config.out)
-    mesh = make_mesh(config.mesh, _say)
+    steps = profiling.parse_steps(getattr(arguments, "profile", None))
+    with joined(find_launch(arguments, os.environ)) as group:
+        return _train(config, group, steps)
+
+
+def _train(config: Config, group: Group, profiled: range) -> int:
+    say = _say if group.is_first else _say_nothing
+    mesh = make_mesh(config.mesh, say, group.count)
     enable_compilation_cache()
-    prepared = prepare(config.data, config.tokenizer, _say)
+    group.check_same({k: v for k, v in flatten(config).items() if k not in MAY_DIFFER})
+    prepared = prepare_together(group, config.data, config.tokenizer, say)
     config = with_vocabulary(config, prepared.tokenizer)
     check_fits(config, mesh)
-    with locked(run):
-        claim(run, config, prepared)
-        trainer = Trainer(config, mesh, prepared)
+    with claimed(Path(config.out), config, prepared, group):
+        trainer = Trainer(config, mesh, prepared, group, profiled, say)
         with trainer:
             return trainer.run()
 
@@ -57,10 +72,19 @@ def main(argv: list[str]) -> int:
 class Trainer:
     """One run: its program, its state, its folder. Use as a context manager."""
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, prepared: Prepared):
+    def __init__(
+        self,
+        config: Config,
+        mesh: jax.sharding.Mesh,
+        prepared: Prepared,
+        group: Group,
+        profiled: range,
+        say: Callable[[str], None],
+    ):
         self.config = config
         self.run_folder = Path(config.out)
         self.prepared = prepared
+        self.group = group
         self.model = Decoder(config.model)
         self.program = build_program(
             self.model,
@@ -73,30 +97,44 @@ class Trainer:
         if replicated:
             names = ", ".join(p.removeprefix("params/") for p in replicated[:3])
             more = f" and {len(replicated) - 3} more" if len(replicated) > 3 else ""
-            _say(f"fsdp divides no dimension of {names}{more}: every device holds all of them")
-        self.decoder = build_decode_program(self.model, mesh)
-        self.prompt = self._sample_prompt()
-        self.state = self._restore() or self._fresh()
+            say(f"fsdp divides no dimension of {names}{more}: every device holds all of them")
+        self.inputs = Inputs(config, self.program, prepared)
+        self.validation = Validation(config, self.program, prepared, self.inputs, group)
+        self.state = self._restore(say) or self._fresh()
         self.step = int(self.state.step)
-        self.signal: int | None = None
+        self.stop = group.stop
+        self.profile = Profile(self.run_folder / "profile", self._profiled(profiled))
 
     def __enter__(self) -> "Trainer":
-        config = self.config
+        config, first = self.config, self.group.is_first
         self.checkpoints = Checkpoints(
-            self.run_folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
+            self.run_folder,
+            keep=config.checkpoint.keep,
+            keep_best=config.checkpoint.keep_best,
+            group=self.group,
         )
-        self.log = MetricsLog(self.run_folder, self.step, config.log.wandb_project, flatten(config))
-        self.display = Display(config.train.steps, self.step)
+        self.log = (
+            MetricsLog(self.run_folder, self.step, config.log.wandb_project, flatten(config))
+            if first
+            else NoLog()
+        )
+        self.display = Display(config.train.steps, self.step, quiet=not first)
+        if self.group.watch is not None:
+            self.group.watch.before_leaving.append(self.display.close)
         self.meter = self._meter()
+        self.stall = Stall(config.log.stall_minutes, self.group.who)
         return self
 
     def __exit__(self, *exception) -> None:
+        self.stall.close()
+        self.profile.close()
         self.display.close()
         self.log.close()
         if exception[0] is None:
             self.checkpoints.close()
-        else:
-            # What stopped the run matters more than what a last write had to say.
+        elif self.group.count == 1:
+            # What stopped the run matters more than what a last write had to say; and a save that
+            # needs the other processes may never end.
             with contextlib.suppress(UserError):
                 self.checkpoints.close()
 
@@ -111,36 +149,49 @@ class Trainer:
             return 0
         self._announce()
         self.last_save = time.monotonic()
+        self.stop.begin(self.step)
         with self._signals():
-            for batch in self._batches():
-                self.state, metrics = self.program.train_step(self.state, batch)
-                self.step += 1
-                self.meter.note(self.step, metrics)
+            for batch in self.inputs.training(self.step):
+                self._update(batch)
                 if self.step % every == 0:
                     # The newest stays on the device, so that the next step need not wait for it.
                     self.meter.flush(keep=1)
                 last = self.step == total
                 valid = self._validate() if last or _due(self._eval_every, self.step) else None
-                if last or self.signal or self._save_due():
+                stopped = self.stop.due(self.step) and not last
+                if last or stopped or self._save_due():
                     self._save(valid)
+                self.checkpoints.check()
+                self.stall.step()
                 if last:
                     break
-                if self.signal:
+                if stopped:
                     return self._leave()
         return self._finish()
+
+    def _update(self, batch: Batch) -> None:
+        self.profile.before(self.step + 1)
+        with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
+            self.state, metrics = self.program.train_step(self.state, batch)
+        self.step += 1
+        self.meter.note(self.step, metrics)
+        if line := self.profile.after(self.step, metrics):
+            self.display.line(line)
 
     def _announce(self) -> None:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.program.layout.logical.params))
         tokens = sum(file.num_tokens for file in self.prepared.train)
         verb = f"continuing at step {self.step}" if self.step else "training"
+        group = f" in {self.group.count} processes" if self.group.count > 1 else ""
         self.display.line(
-            f"{verb}: {count:,} parameters on {tokens:,} tokens of text, run folder "
+            f"{verb}: {count:,} parameters on {tokens:,} tokens of text{group}, run folder "
             f"{self.run_folder}"
         )
 
     def _finish(self) -> int:
         self.checkpoints.wait()
-        self.display.line(self._yardstick())
+        if self.group.is_first:
+            self.display.line(self.validation.yardstick())
         self.display.line(
             f"done: step {self.step} saved in {self.run_folder}; try python -m jaxlm.sample "
             f"{self.run_folder} --prompt={self.config.train.sample_prompt!r}"
@@ -149,7 +200,7 @@ class Trainer:
 
     def _leave(self) -> int:
         self.checkpoints.wait()
-        name = signal.Signals(self.signal).name
+        name = signal.Signals(self.stop.signal).name
         self.display.line(
             f"stopped by {name}: step {self.step} is saved in {self.run_folder}; the same command "
             "continues"
@@ -175,8 +226,9 @@ class Trainer:
     def _tokens_per_step(self) -> int:
         return self.config.train.batch_size * self.config.model.max_seq_len
 
-    def _restore(self) -> TrainState | None:
-        step = latest_sound(self.run_folder, _say)
+    def _restore(self, say: Callable[[str], None]) -> TrainState | None:
+        # One process looks at the bytes, and all use what it found.
+        step = self.group.from_first(lambda: latest_sound(self.run_folder, say), math.inf)
         if step is None:
             return None
         if step > self.config.train.steps:
@@ -193,35 +245,15 @@ class Trainer:
             return self.program.init()
         return self.program.init_from(load_params(source, self.config, self.program.mesh))
 
-    def _sample_prompt(self) -> list[int] | None:
-        text = self.config.train.sample_prompt
-        if not text:
-            return None
-        tokens = [self.prepared.tokenizer.bos_id, *self.prepared.tokenizer.encode(text)]
-        if len(tokens) >= self.config.model.max_seq_len:
+    def _profiled(self, steps: range) -> range:
+        """The steps to trace here. Raises UserError where the run has none of them to come."""
+        total = self.config.train.steps
+        if steps and (steps[-1] <= self.step or steps[0] > total):
             raise UserError(
-                f"train.sample_prompt has {len(tokens)} tokens, which leaves no room in "
-                f"model.max_seq_len={self.config.model.max_seq_len}: shorten it"
+                f"--profile={steps[0]}:{steps[-1]} is not what this run is about to do: give "
+                f"steps from {self.step + 1} to {total}"
             )
-        return tokens
-
-    def _batches(self) -> Iterator[Batch]:
-        """Batches on the devices, a few ahead of the step."""
-        config = self.config
-        rows = training_batches(
-            self.prepared.train,
-            self.prepared.weights,
-            seq_len=config.model.max_seq_len,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            start_step=self.step,
-            prefetch=config.data.prefetch,
-        )
-        placed = (self.program.put(make_batch(row)) for row in rows)
-        ahead = deque(itertools.islice(placed, BATCHES_ON_DEVICE))
-        while True:
-            yield ahead.popleft()
-            ahead.append(next(placed))
+        return steps if self.group.is_first else range(0)
 
     # -- along the way ----------------------------------------------------------------------
 
@@ -258,60 +290,18 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """Loss on the validation text, and a sample; written, shown and returned."""
         self.meter.flush()
-        params, sums, num_bytes = self._eval_params(), [], 0
-        for batch, size in self._validation_batches():
-            sums.append(self.program.eval_step(params, self.program.put(batch)))
-            num_bytes += size
-        nats, targets = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-        metrics = validation_metrics(float(nats), float(targets), num_bytes / max(targets, 1))
+        params = self._eval_params()
+        metrics = self.validation.loss(params, self.stall.step)
         self.log.write({"step": self.step, **metrics})
-        self.bits_per_byte = metrics["valid_bits_per_byte"]
         self.display.line(
             f"step {self.step}: validation loss {metrics['valid_loss']:.4f} nats/token, "
-            f"perplexity {metrics['valid_perplexity']:.2f}, {self.bits_per_byte:.4f} bits/byte"
+            f"perplexity {metrics['valid_perplexity']:.2f}, "
+            f"{metrics['valid_bits_per_byte']:.4f} bits/byte"
         )
-        if self.prompt is not None:
-            self.display.line(f"  sample: {self._sample()!r}")
+        if (sample := self.validation.sample(params)) is not None:
+            self.display.line(f"  sample: {sample!r}")
         self.meter.restart_clock()
         return metrics
-
-    def _validation_batches(self) -> Iterator[tuple[Batch, int]]:
-        """Batches and the bytes of text their targets stand for."""
-        config, lengths = self.config, self.prepared.tokenizer.byte_lengths
-        for rows in validation_batches(
-            self.prepared.valid,
-            seq_len=config.model.max_seq_len,
-            batch_size=config.train.batch_size,
-            limit=config.train.eval_batches,
-        ):
-            batch = make_batch(rows)
-            yield batch, int(lengths[batch.targets[batch.weights > 0]].sum())
-
-    def _sample(self) -> str:
-        tokenizer = self.prepared.tokenizer
-        room = self.config.model.max_seq_len - len(self.prompt)
-        (texts,) = self.decoder.generate(
-            self.decoder.prepare(self._eval_params()),
-            [self.prompt],
-            max_new_tokens=min(self.config.train.sample_tokens, room),
-            sampling=Sampling(temperature=0.8),
-            eos_id=tokenizer.eos_id,
-            seed=self.config.seed,
-        )
-        return tokenizer.decode([*self.prompt, *texts[0]])
-
-    def _yardstick(self) -> str:
-        """What general compressors make of the same validation text."""
-        tokenizer = self.prepared.tokenizer
-        text = b"".join(
-            tokenizer.decode_bytes(batch.targets[batch.weights > 0].tolist())
-            for batch, _ in self._validation_batches()
-        )
-        others = ", ".join(f"{name} {bits:.3f}" for name, bits in compressed_bits(text).items())
-        return (
-            f"bits/byte on {len(text):,} bytes of validation text: model "
-            f"{self.bits_per_byte:.3f}, {others}"
-        )
 
     # -- being told to stop -----------------------------------------------------------------
 
@@ -320,10 +310,10 @@ class Trainer:
         """SIGTERM, SIGINT and SIGUSR1 end the run after this step, saved; Ctrl-C twice at once."""
 
         def stop(number, frame):
-            if number == signal.SIGINT and self.signal is not None:
+            if number == signal.SIGINT and self.stop.signal is not None:
                 self.display.close()
                 os._exit(130)
-            self.signal = number
+            self.stop.tell(number)
             name = signal.Signals(number).name
             self.display.line(f"{name}: saving after this step; Ctrl-C again leaves at once")
 
@@ -342,6 +332,10 @@ def _due(every: int, step: int) -> bool:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 if __name__ == "__main__":

@@ -10,7 +10,17 @@ PACKAGE = Path(__file__).parents[1] / "jaxlm"
 # Rooms from the ground up; a package is one room with all its modules.
 FLOORS = [
     {"errors", "axes", "values", "model_config", "config", "presets", "cli"},
-    {"mesh", "tokenizer", "flops", "monitor", "manifest", "liveness", "processes", "profiling"},
+    {
+        "mesh",
+        "tokenizer",
+        "flops",
+        "monitor",
+        "manifest",
+        "placement",
+        "liveness",
+        "processes",
+        "profiling",
+    },
     {"sharding"},
     {"data", "optim", "parallel"},
     {"nn", "losses"},
@@ -18,7 +28,7 @@ FLOORS = [
     {"tasks", "checkpoint"},
     {"step", "decode"},
     {"export"},
-    {"api", "run_folder"},
+    {"api", "run_folder", "inputs", "validation"},
     {"train", "prepare", "evaluate", "check", "sample", "bench", "export.__main__"},
     {"__init__"},
 ]

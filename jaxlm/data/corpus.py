@@ -5,6 +5,7 @@ What was prepared before, from the same sources with the same settings, is taken
 
 import hashlib
 import heapq
+import math
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ from jaxlm.data.cache import Report, cache_folder, cache_key, cached
 from jaxlm.data.sources import Counts, max_document_bytes, read_documents, source_fingerprint
 from jaxlm.data.tokens import FORMAT, TokenFile, TokenWriter, token_dtype
 from jaxlm.errors import UserError
+from jaxlm.processes import Group
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 CHUNK_CHARACTERS = 1 << 20
@@ -71,6 +73,28 @@ def prepare(
     return Prepared(
         tokenizer, tuple(kept for kept, _ in train), tuple(valid or held_out), data.weights
     )
+
+
+def prepare_together(
+    group: Group, data: DataConfig, tokenizer_config: TokenizerConfig, report: Report
+) -> Prepared:
+    """`prepare` in every process of a group: the first makes what is not there, then the others.
+
+    Where they share a cache these find it done; where each machine has its own, they do it again.
+    Raises UserError also where they come to different data.
+    """
+    prepared = prepare(data, tokenizer_config, report) if group.is_first else None
+    group.barrier(seconds=math.inf)
+    if prepared is None:
+        prepared = prepare(data, tokenizer_config, lambda line: None)
+    group.check_same(
+        {
+            "the tokenizer": prepared.tokenizer.fingerprint,
+            "the training tokens": [file.digest for file in prepared.train],
+            "the validation tokens": [file.digest for file in prepared.valid],
+        }
+    )
+    return prepared
 
 
 def _no_documents(field: str, spec: str, num_skipped: int, num_held_out: int = 0) -> UserError:

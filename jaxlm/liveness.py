@@ -178,7 +178,7 @@ class Watch:
             return
         self._tidy()
         if failure["loud"]:
-            tell_last(f"error: {failure['text']}; the last checkpoint is intact")
+            tell_last(f"error: {failure['text']}; what was saved is intact")
         self._note_leaving()
         self.wait_for_others(lost=int("process" not in failure))
         os._exit(failure["code"])

@@ -288,6 +288,14 @@ def _connect(launch: Launch) -> Any:
     return global_state.client
 
 
+def hush_gloo() -> None:
+    """Keep stdout for Python: Gloo prints a line there for each group of devices it connects."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+
+
 def wait_for(address: str, seconds: float) -> None:
     """Return once somebody listens at HOST:PORT. Raises UserError after `seconds`."""
     deadline = time.monotonic() + seconds
@@ -315,7 +323,7 @@ def _lost(launch: Launch) -> str | None:
         return None
     return (
         f"process 0 on {address.rpartition(':')[0]} went away: its coordination service cannot be "
-        "reached; see its own log for why; the last checkpoint is intact"
+        "reached; see its own log for why; what was saved is intact"
     )
 
 

@@ -25,7 +25,7 @@ from jaxlm.mesh import enable_compilation_cache, make_mesh
 from jaxlm.models.decoder import Decoder
 from jaxlm.monitor import Display, Meter, MetricsLog, NoLog
 from jaxlm.optim import learning_rate, make_optimizer
-from jaxlm.processes import Group, find_launch, joined
+from jaxlm.processes import Group, find_launch, hush_gloo, joined
 from jaxlm.profiling import Profile
 from jaxlm.run_folder import claimed, with_vocabulary
 from jaxlm.sharding import check_fits
@@ -59,6 +59,8 @@ def _train(config: Config, group: Group, profiled: range) -> int:
     say = _say if group.is_first else _say_nothing
     mesh = make_mesh(config.mesh, say, group.count)
     enable_compilation_cache()
+    if group.count > 1 and mesh.devices.flat[0].platform == "cpu":
+        hush_gloo()
     group.check_same({k: v for k, v in flatten(config).items() if k not in MAY_DIFFER})
     prepared = prepare_together(group, config.data, config.tokenizer, say)
     config = with_vocabulary(config, prepared.tokenizer)

@@ -186,6 +186,8 @@ def test_blocks_that_no_query_sees_are_skipped():
     outer, inner = np.r_[row[:4], row[12:]], row[4:12]
     assert seen_by_columns(None, outer, inner) == [[], [0, 1]]
     assert seen_by_columns(None, inner, outer) == [[0], [0]]
+    # A block of keys may begin within one of queries.
+    assert seen_by_columns(None, np.arange(2, 10), inner) == [[0], [0, 1]]
 
 
 def test_memory_grows_with_the_block_not_with_the_row():

@@ -287,6 +287,8 @@ def test_ring_order_of_one_device_is_natural_and_needs_whole_chunks():
     assert (ring_order(7, 1) == np.arange(7)).all()
     with pytest.raises(ValueError, match="6 columns do not divide into 4 chunks"):
         ring_order(6, 2)
+    with pytest.raises(ValueError, match="6 columns do not divide into 4 chunks"):
+        lower(attend, make_mesh(cp=2), length=6)
 
 
 def test_every_step_is_half_visible_on_every_device():

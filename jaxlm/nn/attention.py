@@ -68,32 +68,22 @@ def attention(
     ring = _ring_size() if among_themselves and q_btnh.shape[1] > 1 else 1
     if ring > 1:
         _check_ring(ring, backend, drops)
-        chunk = q_btnh.shape[1] // (2 * ring)
-        kernel = flash.Kernel(scale, window, softcap, min(chunk, flash.BLOCK))
-        return ring_attention(
-            q_btnh,
-            k_bskh,
-            v_bskh,
-            queries,
-            keys,
-            forward=functools.partial(flash.forward, kernel),
-            backward=functools.partial(flash.backward, kernel),
-        )
+        # Blocks divide a chunk if they can: one from the early into the late is rarely skipped.
+        chunk = -(-q_btnh.shape[1] // (2 * ring))
+        block = -(-chunk // -(-chunk // flash.BLOCK))
+        kernel = flash.Kernel(scale, window, softcap, block)
+        f, b = (functools.partial(f, kernel) for f in (flash.forward, flash.backward))
+        return ring_attention(q_btnh, k_bskh, v_bskh, queries, keys, forward=f, backward=b)
     simple_mask = queries.segments is None and q_btnh.shape[1] == k_bskh.shape[1]
     fits_cudnn = simple_mask and not softcap and not drops and q_btnh.dtype == jnp.bfloat16
     if backend == "auto":
-        fits_blocks = among_themselves and not drops
-        backend = _fastest(q_btnh, k_bskh, fits_cudnn, fits_blocks)
+        backend = _fastest(q_btnh, k_bskh, fits_cudnn, among_themselves and not drops)
     _check_backend(backend, fits_cudnn, drops)
     if backend == "cudnn":
+        reach = None if window is None else (window - 1, 0)
+        options = {"scale": scale, "is_causal": True, "local_window_size": reach}
         return jax.nn.dot_product_attention(
-            q_btnh,
-            k_bskh,
-            v_bskh,
-            scale=scale,
-            is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation="cudnn",
+            q_btnh, k_bskh, v_bskh, implementation="cudnn", **options
         )
     if backend == "blocked":
         options = {"scale": scale, "window": window, "softcap": softcap}

@@ -121,6 +121,8 @@ def _backward_ring(backward, q, k, v, queries, keys, out, lse, dout):
 def _columns(length):
     """The size of the ring; a function from step to columns of (own queries, keys then held)."""
     size, index = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    if length % 2:
+        raise ValueError(f"{length * size} columns do not divide into {2 * size} chunks")
     chunk = length // 2
 
     def of(device):

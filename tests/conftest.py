@@ -81,3 +81,18 @@ def strict():
     """No silent promotion of types or ranks. Optax and parts of Flax raise under it."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def small_run(corpus, tmp_path_factory):
+    """Builds the command line of a tiny run for processes that share a cache; see the function."""
+    cache = tmp_path_factory.getbasetemp() / "small_run_cache"
+
+    def build(**changes) -> list[str]:
+        """A run that says little and never validates but at the end."""
+        quiet = {"train__eval_every": 0, "train__sample_prompt": "", "model__max_seq_len": 32}
+        places = {"data__train": corpus, "data__cache": cache}
+        arguments = tiny_arguments(**(quiet | places | changes))
+        return [a for a in arguments if not a.startswith("--train.sample_tokens")]
+
+    return build

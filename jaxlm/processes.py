@@ -263,8 +263,11 @@ def _connect(launch: Launch) -> Any:
     # JAX would take SIGTERM for itself, and for no other signal.
     jax.config.update("jax_enable_preemption_service", False)
     explicit = {} if launch.coordinator is None else {"cluster_detection_method": "deactivate"}
-    if launch.coordinator is not None and launch.index:
-        wait_for(launch.coordinator, CONNECT_SECONDS)
+    if launch.coordinator is not None:
+        if launch.index:
+            wait_for(launch.coordinator, CONNECT_SECONDS)
+        else:
+            check_free(launch.coordinator)
     try:
         jax.distributed.initialize(
             launch.coordinator,
@@ -279,8 +282,7 @@ def _connect(launch: Launch) -> Any:
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"process {launch.index} of {launch.count} cannot start at {_where(launch)} "
-            f"({reason}): choose a free port of process 0's machine"
+            f"process {launch.index} of {launch.count} cannot start at {_where(launch)}: {reason}"
         ) from error
     # Only the client knows what JAX has no function for yet: the key-value store.
     from jax._src.distributed import global_state
@@ -294,6 +296,20 @@ def hush_gloo() -> None:
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
+
+
+def check_free(address: str) -> None:
+    """Raise UserError where process 0 cannot listen at its port: JAX would crash there."""
+    port = int(address.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"process 0 cannot listen at port {port} ({error.strerror}): choose a free one for "
+                "--coordinator"
+            ) from None
 
 
 def wait_for(address: str, seconds: float) -> None:

@@ -8,6 +8,9 @@ print(jaxlm.score(model, "import numpy as np").logprob)
 """
 
 import importlib
+import itertools
+import signal
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +19,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["LanguageModel", "Score", "UserError", "generate", "load", "score"]
+
+# A command imports for a second or two; Ctrl-C then ends it without a traceback, as it does later.
+_is_command = any(
+    option == "-m" and module.startswith(f"{__name__}.")
+    for option, module in itertools.pairwise(sys.orig_argv)
+)
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Names are looked up on first use, so that importing jaxlm is quick and starts no device.
 _HOMES = dict.fromkeys(("LanguageModel", "Score", "generate", "load", "score"), "jaxlm.api")

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -83,6 +84,8 @@ class _Once(argparse.Action):
 
 def run_command(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     """Run `main(argv)` as a process: one sentence for a user's mistake, and the exit code."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # see jaxlm/__init__.py
     try:
         code = main(sys.argv[1:])
     except (Exception, KeyboardInterrupt) as error:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import time
 import typing
 
 import pytest
@@ -253,6 +255,22 @@ def test_exit_codes(body, code, stderr):
     command = [sys.executable, "-c", RUNNER.format(body)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", stderr)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.6, 1.2])
+def test_interrupted_while_it_starts_a_command_says_nothing(seconds, tmp_path):
+    arguments = [f"--out={tmp_path / 'run'}", f"--data.cache={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "jaxlm.train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in errors
 
 
 def test_train_refuses_an_unknown_key_with_exit_code_2():

@@ -18,6 +18,7 @@ from jaxlm.monitor import read_metrics
 pytestmark = pytest.mark.slow
 STEPS = 60
 MESH = "dp2,fsdp2,tp2"
+SAMPLE = r"step (\d+): validation.*\n(.*sample: .*)"
 
 
 class Processes:
@@ -81,11 +82,15 @@ def numbers(run: Path) -> dict[tuple[int, str], float]:
 def test_two_then_four_then_one_are_as_one(small_run, tmp_path):
     """Stopped through any one of its processes, continued by another number of them."""
     settings = {"train__steps": STEPS, "checkpoint__every_steps": 5, "mesh": MESH}
-    alone = Processes(tmp_path, 1, small_run(**settings, out=tmp_path / "alone"))
+    settings["train__eval_every"] = 15
+    sampling = {"train__sample_prompt": "a", "train__sample_tokens": 3}
+    alone = Processes(tmp_path, 1, small_run(**settings, **sampling, out=tmp_path / "alone"))
     assert alone.finish() == [0], alone.text()
+    expected, samples = re.findall(SAMPLE, alone.text()), []
     run = tmp_path / "run"
-    arguments = small_run(**settings, out=run)
-    for count, step, number, victim in ((2, 5, signal.SIGTERM, 1), (4, 20, signal.SIGUSR1, 3)):
+    for count, step, number, victim in ((2, 15, signal.SIGTERM, 1), (4, 30, signal.SIGUSR1, 3)):
+        # A sample in two processes is enough; compiling for it takes long.
+        arguments = small_run(**settings, **(sampling if count == 2 else {}), out=run)
         group = Processes(tmp_path, count, arguments)
         group.wait_for_step(run, step)
         group.processes[victim].send_signal(number)
@@ -93,6 +98,7 @@ def test_two_then_four_then_one_are_as_one(small_run, tmp_path):
         stopped = complete_steps(run)[-1]
         assert step <= stopped < STEPS
         first = group.logs[0].read_text()
+        samples += re.findall(SAMPLE, first)
         assert f"stopped by {number.name}: step {stopped} is saved" in first
         assert f"in {count} processes" in first
         # One speaks.
@@ -101,6 +107,7 @@ def test_two_then_four_then_one_are_as_one(small_run, tmp_path):
     group = Processes(tmp_path, 1, arguments)
     assert group.finish() == [0], group.text()
     assert f"continuing at step {stopped}" in group.text()
+    assert samples and set(samples) <= set(expected)
     ours, theirs = numbers(run), numbers(tmp_path / "alone")
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():

@@ -92,7 +92,9 @@ class Watch:
         self._index = index
         self._hosts = hosts
         self._stop = stop
-        self._beats: dict[str, tuple[str, float]] = {}
+        # Who never says a word is missed too.
+        now = time.monotonic()
+        self._beats: dict[str, tuple[str, float]] = {str(i): ("", now) for i in range(len(hosts))}
         self._number = 0
         self._next_beat = 0.0
         self._told = self._noted = self._settled = False
@@ -162,7 +164,7 @@ class Watch:
 
     def _check_beats(self, now: float) -> None:
         for name, value in _entries(self._client, "beat/"):
-            if self._beats.get(name, ("", 0))[0] != value:
+            if self._beats[name][0] != value:
                 self._beats[name] = value, now
         for name, (_, since) in self._beats.items():
             if now - since > LOST_SECONDS:

@@ -92,7 +92,6 @@ def test_who_is_silent_is_named_and_the_first_failure_counts(monkeypatch, capfd)
     left = []
     monkeypatch.setattr(liveness.os, "_exit", lambda code: left.append(code) or exit())
     store = Store()
-    store.key_value_set("jaxlm/watch/beat/1", "7")
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
     watch = Watch(store, 0, ["here", "there"], Stop(alone=False))
     wait_until(lambda: left)

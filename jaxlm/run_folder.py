@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import sys
+import time
 from pathlib import Path
 
 from jaxlm.checkpoint import CONFIG, STATE, complete_steps, latest_sound, step_folder, verify
@@ -16,6 +17,7 @@ from jaxlm.processes import Group
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
 DATA = "data.json"
+SHARED_SECONDS = 60
 # What a continued run may change: nothing here touches the numbers of an update.
 CHANGEABLE = (
     "mesh",
@@ -133,15 +135,33 @@ def _check_config(run: Path, config: Config) -> None:
 
 @contextlib.contextmanager
 def claimed(run: Path, config: Config, prepared: Prepared, group: Group):
-    """The run folder, locked and claimed for a group of processes by its first."""
+    """The run folder, locked and claimed for a group of processes by its first.
+
+    Raises UserError also in a process that does not see it.
+    """
     with contextlib.ExitStack() as stack:
 
         def lock_and_claim():
             stack.enter_context(locked(run))
             claim(run, config, prepared)
+            return (run / CONFIG).read_text(encoding="utf-8")
 
-        group.from_first(lock_and_claim)
+        _check_shared(run, group.from_first(lock_and_claim))
         yield
+
+
+def _check_shared(run: Path, config_text: str) -> None:
+    """Raise UserError where this machine does not see what the first process wrote."""
+    # A network file system may take a while to show it.
+    for _ in range(SHARED_SECONDS):
+        with contextlib.suppress(OSError):
+            if (run / CONFIG).read_text(encoding="utf-8") == config_text:
+                return
+        time.sleep(1)
+    raise UserError(
+        f"run folder {run} is not the one that process 0 writes to: give --out a folder on a file "
+        "system that all machines share"
+    )
 
 
 @contextlib.contextmanager

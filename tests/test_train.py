@@ -14,6 +14,7 @@ from jaxlm.checkpoint import complete_steps
 from jaxlm.cli import read_config
 from jaxlm.errors import NonFiniteError, UserError
 from jaxlm.monitor import read_metrics
+from jaxlm.processes import Group
 
 
 @pytest.fixture
@@ -133,6 +134,23 @@ def test_two_trainers_cannot_share_a_folder(arguments, tmp_path):
 
     with locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training"):
         train.main(arguments())
+
+
+def test_a_folder_that_the_machines_do_not_share_is_one_sentence(tmp_path, monkeypatch):
+    from jaxlm import run_folder
+
+    class Second(Group):
+        def from_first(self, make, seconds=None):
+            return "what process 0 wrote"
+
+    monkeypatch.setattr(run_folder, "SHARED_SECONDS", 1)
+    (tmp_path / "config.yaml").write_text("from another time")
+    claimed = run_folder.claimed(tmp_path, None, None, Second())
+    with pytest.raises(UserError, match="is not the one that process 0 writes to"), claimed:
+        pass
+    (tmp_path / "config.yaml").write_text("what process 0 wrote")
+    with run_folder.claimed(tmp_path, None, None, Second()):
+        pass
 
 
 def test_the_exit_code_of_a_mistake_is_two():

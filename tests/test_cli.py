@@ -262,6 +262,8 @@ def test_interrupted_while_it_starts_a_command_says_nothing(seconds, tmp_path):
     arguments = [f"--out={tmp_path / 'run'}", f"--data.cache={tmp_path}"]
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "jaxlm.train", *arguments],
+        # A shell's background job, which these tests may be, ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

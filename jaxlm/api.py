@@ -16,7 +16,7 @@ from jaxlm.cli import read_config
 from jaxlm.config import Config
 from jaxlm.decode import DecodeProgram, Sampling, build_decode_program
 from jaxlm.errors import UserError
-from jaxlm.mesh import make_mesh
+from jaxlm.mesh import folded_mesh, make_mesh
 from jaxlm.models.decoder import Decoder
 from jaxlm.run_folder import find_step
 from jaxlm.sharding import check_fits, make_layout, split_boxes
@@ -68,25 +68,26 @@ def load(path: str | Path, mesh: str | Mesh | None = None, dtype: str | None = N
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype={dtype!r} is not known: use 'float32' or 'bfloat16'")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh or "dp1")
+    mesh = folded_mesh(mesh if isinstance(mesh, Mesh) else make_mesh(mesh or "dp1"))
     check_fits(config, mesh, training=False)
     program = build_decode_program(Decoder(config.model), mesh)
-    params = program.prepare(load_params(folder, config, mesh))
+    params = program.prepare(load_params(folder, Decoder(config.model), mesh))
     return LanguageModel(
         config, load_tokenizer(folder), program, params, int(folder.name.rpartition("_")[2])
     )
 
 
-def load_params(path: str | Path, config: Config, mesh: Mesh):
-    """The parameters of a run or step folder, stacked, in stored shapes on `mesh`.
+def load_params(path: str | Path, model: Decoder, mesh: Mesh):
+    """The parameters of a run or step folder for `model`, stacked, as they are stored on `mesh`.
 
-    `config` is that of the model to be filled; a folder whose parameters have other names or
+    A folder whose parameters have other names or
     shapes is a UserError.
     """
     folder = find_step(Path(path).expanduser())
     key = "params" if read_config(folder / CONFIG).optim.ema_decay is None else "ema"
-    boxed = jax.eval_shape(Decoder(config.model).init, jax.random.key(0))
-    layout = make_layout(*split_boxes(boxed), mesh)
+    boxed = jax.eval_shape(model.init, jax.random.key(0))
+    order = model.schedule.order(model.config.num_layers)
+    layout = make_layout(*split_boxes(boxed), mesh, order)
     return layout.to_stored(restore_params(folder, layout.exact, key))
 
 

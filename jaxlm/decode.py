@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.losses import blocked_token_nll
-from jaxlm.mesh import batch_shards
+from jaxlm.mesh import FOLDED, batch_shards, folded_mesh
 from jaxlm.models.stack import unstack
 from jaxlm.nn.attention import Places
+from jaxlm.parallel.pipeline import Schedule
 from jaxlm.placement import place, to_host
 from jaxlm.sharding import Layout, batch_sharding, make_layout, path_name, split_boxes
 from jaxlm.step import on_mesh
@@ -183,7 +184,7 @@ class DecodeProgram:
         def nll(params, tokens, targets):
             params = self.layout.unpad(params)
             places = Places(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-            hidden = self.model.hidden(params, tokens, places)
+            hidden, *_ = self.model.hidden(params, tokens, places)
             logits = functools.partial(self.model.logits, params)
             return blocked_token_nll(hidden, logits, targets, SCORE_BLOCK)
 
@@ -198,7 +199,7 @@ class DecodeProgram:
             real = slots >= 0
             places = Places(jnp.maximum(slots, 0), real.astype(jnp.int32))
             cache = self.model.init_cache(rows, length + capacity)
-            hidden, cache = self.model.hidden(params, tokens, places, cache=cache)
+            hidden, _, cache = self.model.hidden(params, tokens, places, cache=cache)
             seen = None
             if kind[2]:
                 vocabulary = jnp.zeros((rows, self.model.config.vocab_size), bool)
@@ -229,7 +230,7 @@ class DecodeProgram:
             def one(state):
                 last = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
                 places = Places(state.positions[:, None], jnp.ones_like(last))
-                hidden, cache = self.model.hidden(params, last, places, cache=state.cache)
+                hidden, _, cache = self.model.hidden(params, last, places, cache=state.cache)
                 state = dataclasses.replace(state, cache=cache)
                 return self._take(kind, params, state, hidden, settings)
 
@@ -268,17 +269,23 @@ class DecodeProgram:
 
 
 def build_decode_program(model, mesh: Mesh) -> DecodeProgram:
-    """Lay the parameters out for decoding on the mesh; nothing is compiled yet."""
+    """Lay the parameters out for decoding; nothing is compiled yet.
+
+    `mesh` and `model.schedule` are those of the parameters that `prepare` will be given; decoding
+    itself takes `folded_mesh(mesh)`.
+    """
+    folded = folded_mesh(mesh)
+    order = model.schedule.order(model.config.num_layers)
     params, axes = split_boxes(jax.eval_shape(model.init, jax.random.key(0)))
     layers = range(model.config.num_layers)
     one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), params["layers"])
     is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
     one_axes = jax.tree.map(lambda names: names[1:], axes["layers"], is_leaf=is_axes)
     unstacked = params | {"layers": tuple(one for _ in layers)}
-    layout = make_layout(unstacked, axes | {"layers": tuple(one_axes for _ in layers)}, mesh)
+    layout = make_layout(unstacked, axes | {"layers": tuple(one_axes for _ in layers)}, folded)
 
     def prepare(params):
-        params = params | {"layers": unstack(params["layers"])}
+        params = params | {"layers": unstack(params["layers"], order)}
         return jax.tree_util.tree_map_with_path(_cast, params)
 
     def _cast(path, x):
@@ -286,8 +293,25 @@ def build_decode_program(model, mesh: Mesh) -> DecodeProgram:
         is_matrix = path_name(path).rpartition("/")[2] in ("kernel", "embedding")
         return x.astype(model.dtype) if is_matrix else x
 
-    compiled = jax.jit(on_mesh(prepare, mesh), out_shardings=layout.shardings)
-    return DecodeProgram(model, mesh, layout, compiled)
+    here = jax.tree.map(lambda s: NamedSharding(mesh, unfolded(s.spec)), layout.shardings)
+    compiled = jax.jit(on_mesh(prepare, mesh), out_shardings=here)
+
+    def prepare_folded(params):
+        # The same parts on the same devices, which the folded mesh lists in another order.
+        return jax.device_put(compiled(params), layout.shardings)
+
+    model = dataclasses.replace(model, schedule=Schedule())
+    return DecodeProgram(model, folded, layout, compiled if folded is mesh else prepare_folded)
+
+
+def unfolded(spec: PartitionSpec) -> PartitionSpec:
+    """What a spec of a folded mesh is on the mesh that was folded."""
+
+    def names(entry):
+        entry = (entry,) if isinstance(entry, str) else entry or ()
+        return tuple(a for axis in entry for a in (FOLDED if axis == "fsdp" else (axis,)))
+
+    return PartitionSpec(*map(names, spec))
 
 
 def bucket(n: int, smallest: int = 16) -> int:

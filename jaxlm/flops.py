@@ -25,7 +25,12 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """
     c = config
     heads = c.d_model * c.head_size * (2 * c.num_heads + 2 * c.kv_heads)
-    feed_forward = c.d_model * c.d_ff * (2 if c.mlp == "gelu" else 3)
+    width = c.d_ff
+    if c.experts is not None:  # of experts, those that a token goes to
+        width = c.experts.top_k * (c.experts.d_ff or c.d_ff) + c.experts.d_shared
+    feed_forward = c.d_model * width * (2 if c.mlp == "gelu" else 3)
+    if c.experts is not None:
+        feed_forward += c.d_model * c.experts.num_experts
     weights = c.num_layers * (heads + feed_forward) + c.d_model * c.vocab_size
     attention = 12 * c.num_layers * c.num_heads * c.head_size * seq_len
     return 6.0 * weights + attention

@@ -12,7 +12,10 @@ from jaxlm.axes import MESH_AXES, OPEN, format_mesh, parse_mesh
 from jaxlm.errors import UserError
 
 MOST_VIRTUAL_DEVICES = 1024
-NOT_YET = {"pp": "pipeline", "ep": "expert", "cp": "context"}
+# Axes that any model can use: the first to be proposed instead of a mesh that does not work.
+COMMON_AXES = ("dp", "fsdp", "tp")
+# What decoding has in the place of fsdp.
+FOLDED = ("pp", "fsdp", "cp")
 
 
 def make_mesh(
@@ -25,12 +28,6 @@ def make_mesh(
     Raises UserError where devices and mesh disagree.
     """
     sizes = parse_mesh(text)
-    for axis, kind in NOT_YET.items():
-        if sizes[axis] != 1:
-            raise UserError(
-                f"mesh={text!r} asks for {kind} parallelism ({axis}), which this version does not "
-                f"have yet: leave {axis} out and use dp, fsdp and tp"
-            )
     fixed = math.prod(n for n in sizes.values() if n != OPEN)
     _provide_cpu_devices(-(-fixed // processes))
     devices = _devices()
@@ -71,7 +68,19 @@ def make_mesh(
 
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are split."""
-    return mesh.shape["dp"] * mesh.shape["fsdp"]
+    return mesh.shape["dp"] * mesh.shape["fsdp"] * mesh.shape["ep"]
+
+
+def folded_mesh(mesh: Mesh) -> Mesh:
+    """The same devices for decoding, which has neither pipeline nor ring: pp and cp into fsdp."""
+    if mesh.shape["pp"] == mesh.shape["cp"] == 1:
+        return mesh
+    sizes = dict(mesh.shape)
+    inside = [MESH_AXES.index(a) for a in ("dp", *FOLDED, "ep", "tp")]
+    sizes["fsdp"] = math.prod(sizes[axis] for axis in FOLDED)
+    sizes |= {"pp": 1, "cp": 1}
+    devices = mesh.devices.transpose(inside).reshape(tuple(sizes.values()))
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def nearest_meshes(
@@ -84,7 +93,7 @@ def nearest_meshes(
 
     Meshes over the axes that `sizes` names come before those that need another one.
     """
-    axes = [axis for axis, n in sizes.items() if n != 1 or axis not in NOT_YET]
+    axes = [axis for axis, n in sizes.items() if n != 1 or axis in COMMON_AXES]
     fits = (dict(zip(axes, c, strict=True)) for c in _factorisations(devices, len(axes)))
 
     def unlike(candidate):

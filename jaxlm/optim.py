@@ -59,7 +59,8 @@ def make_optimizer(config: OptimConfig, axes) -> optax.GradientTransformation:
 def decays(params):
     """True for matrices, False for norms' scales and biases, which are never decayed."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path_name(path).split("/")[-1] not in ("scale", "bias"), params
+        lambda path, _: path_name(path).split("/")[-1] not in ("scale", "bias", "balance_bias"),
+        params,
     )
 
 
@@ -117,9 +118,9 @@ def _muon_dimensions(params, axes):
         name = path_name(path)
         if not (name.startswith("layers/") and name.endswith("kernel")):
             return None
-        dims = range(1, len(names_at[name]))  # the layers themselves are a batch
-        reads_residual = names_at[name][1] == "embed"
-        inputs = (1,) if reads_residual else tuple(dims[:-1])
+        names = names_at[name]
+        dims = [i for i, axis in enumerate(names) if axis not in ("layers", "experts")]  # a batch
+        inputs = tuple(dims[:1] if names[dims[0]] == "embed" else dims[:-1])
         return MuonDimensionNumbers(inputs, tuple(d for d in dims if d not in inputs))
 
     # Optax calls this on masked trees too.

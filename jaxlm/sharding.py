@@ -11,11 +11,13 @@ divides, or replicates.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -34,8 +36,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tp",),
     "kv_heads": ("tp",),
     "mlp": ("tp",),
+    "experts": ("ep",),
     # activations; heads, kv_heads, mlp and vocab are as above
-    "batch": ("dp", "fsdp"),
+    # Outside the pipeline its stages share the rows. Micro-batch i of n has rows i, i + n, ...
+    "batch": ("dp", "fsdp", "ep", "pp"),
     "length": ("cp",),
     # Between sub-layers tp splits positions (sequence parallelism), inside them features.
     "residual_length": ("cp", "tp"),
@@ -94,8 +98,12 @@ class Layout:
     """ShapeDtypeStruct in padded shape with its sharding: what compiled functions take."""
     exact: object
     """ShapeDtypeStruct in logical shape with a sharding that divides it: what is saved."""
+    stacked: object
+    """Whether the first dimension is that of layers."""
     replicated: tuple[str, ...] = ()
     """Paths of the parameters that fsdp had to replicate."""
+    order: np.ndarray | None = None
+    """The layer at each stored place, where that is another."""
 
     @property
     def shardings(self):
@@ -110,30 +118,45 @@ class Layout:
         """Stored shapes to logical shapes. For use under jit."""
         return jax.tree.map(_unpad, tree, self.logical)
 
+    def store(self, tree):
+        """Logical shapes with layers in their order to what is stored. For use under jit."""
+        return self.pad(self._take_layers(tree, self.order))
+
     def to_exact(self, tree):
-        """Stored arrays as arrays of logical shape, for a checkpoint."""
-        return self._exactly(tree) if self._is_padded else tree
+        """Stored arrays as arrays of logical shape, layers in their order, for a checkpoint."""
+        return tree if self._is_exact else self._exactly(tree)
 
     def to_stored(self, tree):
         """Arrays of logical shape, as restored, to stored arrays."""
-        return self._storing(tree) if self._is_padded else tree
+        return tree if self._is_exact else self._storing(tree)
+
+    def _take_layers(self, tree, places):
+        if places is None:
+            return tree
+        return jax.tree.map(lambda x, many: x[places] if many else x, tree, self.stacked)
 
     @functools.cached_property
-    def _is_padded(self) -> bool:
-        return _shapes(self.logical) != _shapes(self.stored)
+    def _is_exact(self) -> bool:
+        return self.order is None and _shapes(self.logical) == _shapes(self.stored)
 
     @functools.cached_property
     def _exactly(self):
         shardings = jax.tree.map(lambda s: s.sharding, self.exact)
-        return jax.jit(self.unpad, out_shardings=shardings)
+        places = None if self.order is None else np.argsort(self.order)
+        return jax.jit(
+            lambda tree: self._take_layers(self.unpad(tree), places), out_shardings=shardings
+        )
 
     @functools.cached_property
     def _storing(self):
-        return jax.jit(self.pad, out_shardings=self.shardings)
+        return jax.jit(self.store, out_shardings=self.shardings)
 
 
-def make_layout(logical, axes, mesh: Mesh) -> Layout:
-    """The layout of a tree of ShapeDtypeStructs whose logical axes are the leaves of `axes`."""
+def make_layout(logical, axes, mesh: Mesh, order: np.ndarray | None = None) -> Layout:
+    """The layout of a tree of ShapeDtypeStructs whose logical axes are the leaves of `axes`.
+
+    `order` says which layer is stored at each place of a stack; None is their own order.
+    """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(logical)
     all_axes = treedef.flatten_up_to(axes)
     stored, exact, replicated = [], [], []
@@ -147,30 +170,36 @@ def make_layout(logical, axes, mesh: Mesh) -> Layout:
         stored.append(_struct(shape, leaf.dtype, mesh, spec))
         exact.append(_struct(leaf.shape, leaf.dtype, mesh, PartitionSpec(*fits)))
     build = treedef.unflatten
-    return Layout(logical, build(stored), build(exact), tuple(replicated))
+    stacked = build([leaf_axes[:1] == ("layers",) for leaf_axes in all_axes])
+    if order is not None and np.array_equal(order, np.arange(len(order))):
+        order = None
+    return Layout(logical, build(stored), build(exact), stacked, tuple(replicated), order)
 
 
 def storage_spec(shape: Sequence[int], axes: Axes, mesh: Mesh) -> PartitionSpec:
     """The mesh axes an array of parameters is stored by: the table's, fsdp moved to where it fits.
 
-    Scanned layers are sliced along `layers`, so fsdp stays off that dimension.
+    Scanned layers are sliced along `layers`, so fsdp stays off that dimension. What is not in a
+    layer, such as the embedding, no stage of a pipeline needs more than another: pp splits it too.
     """
     if not axes:
         return PartitionSpec(*[None] * len(shape))
     entries = list(mesh_axes(axes, omit=frozenset({"fsdp"})))
-    fsdp = mesh.shape["fsdp"]
+    choices = [("fsdp",)]
+    if mesh.shape["pp"] > 1 and "layers" not in axes:
+        choices = [("pp", "fsdp"), *choices, ("pp",)]
     preferred = [i for i, a in enumerate(axes) if "fsdp" in RULES.get(a, ())]
     others = [i for i, a in enumerate(axes) if entries[i] is None and a != "layers"]
-    for i in preferred + others:
-        if shape[i] % fsdp == 0:
-            entries[i] = (*_names(entries[i]), "fsdp")
+    for chosen, i in itertools.product(choices, preferred + others):
+        if shape[i] % math.prod(mesh.shape[axis] for axis in chosen) == 0:
+            entries[i] = (*_names(entries[i]), *chosen)
             break
     return PartitionSpec(*entries)
 
 
 def check_fits(config: Config, mesh: Mesh, training: bool = True) -> None:
-    """Raise UserError where the mesh cannot split what is never padded: heads, and, where the
-    model is trained, rows.
+    """Raise UserError where the mesh cannot split what is never padded: heads, experts and, where
+    the model is trained, rows, layers and sequences.
     """
     sizes = dict(mesh.shape)
     wrong = _misfit(config, sizes, training)
@@ -184,20 +213,69 @@ def check_fits(config: Config, mesh: Mesh, training: bool = True) -> None:
 
 def _misfit(config: Config, sizes: dict[str, int], training: bool) -> str | None:
     """What does not divide evenly over a mesh of these sizes, and what would; None if all does."""
-    tp, shards = sizes["tp"], sizes["dp"] * sizes["fsdp"]
-    for key, heads in (
-        ("num_heads", config.model.num_heads),
-        ("num_kv_heads", config.model.kv_heads),
-    ):
+    model, tp, ep = config.model, sizes["tp"], sizes["ep"]
+    for key, heads in (("num_heads", model.num_heads), ("num_kv_heads", model.kv_heads)):
         if heads % tp:
             return f"model.{key}={heads} does not divide over tp={tp}: use a multiple of {tp}"
-    rows = config.train.batch_size // config.train.accumulation
-    if training and rows % shards:
+    if ep > 1 and model.experts is None:
+        return f"ep={ep} splits experts, but the model has none: set model.experts.num_experts"
+    if ep > 1 and model.experts.num_experts % ep:
         return (
-            f"train.batch_size={config.train.batch_size} with train.accumulation="
-            f"{config.train.accumulation} makes micro-batches of {rows} rows, which do not divide "
-            f"over dp x fsdp = {shards}: use a multiple of {shards} rows"
+            f"model.experts.num_experts={model.experts.num_experts} does not divide over ep={ep}: "
+            f"use a multiple of {ep}"
         )
+    return _training_misfit(config, sizes) if training else None
+
+
+def _training_misfit(config: Config, sizes: dict[str, int]) -> str | None:
+    model, train, cp, pp = config.model, config.train, sizes["cp"], sizes["pp"]
+    if model.max_seq_len % (2 * cp) and cp > 1:
+        return (
+            f"model.max_seq_len={model.max_seq_len} does not divide into 2 x cp = {2 * cp} chunks: "
+            f"use a multiple of {2 * cp}"
+        )
+    if cp > 1 and (model.attention_dropout or model.attention not in ("auto", "blocked")):
+        return (
+            f"cp={cp} splits rows, but model.attention={model.attention} with "
+            f"model.attention_dropout={model.attention_dropout} needs whole ones: use attention="
+            "auto without dropout on probabilities"
+        )
+    if cp > 1 and model.experts is not None and model.experts.capacity is not None:
+        return (
+            f"model.experts.capacity counts a row's tokens in order, but cp={cp} splits rows: leave "
+            "capacity out"
+        )
+    shards = sizes["dp"] * sizes["fsdp"] * sizes["ep"]
+    rows = train.batch_size // train.accumulation
+    if rows % shards:
+        return (
+            f"train.batch_size={train.batch_size} with train.accumulation={train.accumulation} "
+            f"makes micro-batches of {rows} rows, which do not divide over dp x fsdp x ep = "
+            f"{shards}: use a multiple of {shards} rows"
+        )
+    return _pipeline_misfit(config, pp, rows // shards) if pp > 1 else None
+
+
+def _pipeline_misfit(config: Config, pp: int, rows: int) -> str | None:
+    """What does not fit a pipeline of `pp` stages with `rows` rows on each device."""
+    model, rounds, count = config.model, config.parallel.rounds, config.parallel.microbatches
+    pattern = len(model.layer_pattern)
+    if model.num_layers % (pp * rounds * pattern):
+        parts = f"pp x parallel.rounds = {pp} x {rounds}"
+        whole = f" of whole patterns of {pattern} layers" if pattern > 1 else ""
+        return (
+            f"model.num_layers={model.num_layers} does not divide over {parts} stages{whole}: use a "
+            f"multiple of {pp * rounds * pattern}"
+        )
+    if rows < pp:
+        return (
+            f"{rows} rows on each device make fewer micro-batches than pp={pp} has stages: use "
+            f"{pp // rows if pp % rows == 0 else -(-pp // rows)} times the train.batch_size"
+        )
+    if count is not None and (count < pp or rows % count):
+        few = f"fewer than pp={pp} stages" if count < pp else f"no divisor of {rows} rows a device"
+        choices = ", ".join(str(n) for n in range(pp, rows + 1) if rows % n == 0)
+        return f"parallel.microbatches={count} is {few}: use one of {choices}"
     return None
 
 
@@ -238,8 +316,11 @@ def path_name(path) -> str:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an input array [B, T] (every input array has the batch first)."""
-    return NamedSharding(mesh, mesh_axes(("batch", "length")))
+    """The sharding of an input array [B, T] (every input array has the batch first).
+
+    Each stage of a pipeline gets all rows: the stages need not divide them.
+    """
+    return NamedSharding(mesh, mesh_axes(("batch", "length"), omit=frozenset({"pp"})))
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:

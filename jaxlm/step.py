@@ -6,10 +6,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxlm.config import Config
+from jaxlm.mesh import batch_shards
+from jaxlm.models.decoder import Decoder
+from jaxlm.nn import moe
 from jaxlm.nn.layers import Dropout
+from jaxlm.parallel.pipeline import make_schedule
+from jaxlm.parallel.ring import ring_order
 from jaxlm.placement import place
 from jaxlm.sharding import (
     Layout,
@@ -20,6 +25,7 @@ from jaxlm.sharding import (
     split_boxes,
 )
 from jaxlm.tasks.language_modelling import Batch, loss_sums
+from jaxlm.xla import compiler_options
 
 
 @jax.tree_util.register_dataclass
@@ -53,21 +59,24 @@ def train_step(state: TrainState, batch: Batch, *, model, optimizer, schedule, c
     loss or gradient leaves everything but the counters as it was.
     """
     targets = jnp.maximum(batch.weights.sum(), 1.0)
+    tokens = jnp.maximum(jnp.sum(batch.segment_ids > 0), 1)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     drops = bool(config.model.dropout or config.model.attention_dropout)
 
-    def loss_fn(params, micro: Batch, rows):
-        dropout = Dropout(key, rows) if drops else None
-        sums = loss_sums(model, params, micro, config.train, dropout)
-        return (sums.nats + config.train.z_loss * sums.z) / targets, sums
+    def loss_fn(params, micro: Batch, places):
+        dropout = Dropout(key, places) if drops else None
+        sums, routed = loss_sums(model, params, micro, config.train, dropout)
+        loss = (sums.nats + config.train.z_loss * sums.z) / targets
+        return loss + moe.auxiliary_loss(config.model, routed, tokens), (sums, routed)
 
-    gradients, sums = accumulate(
+    gradients, (sums, routed) = accumulate(
         jax.grad(loss_fn, has_aux=True), state.params, batch, config.train.accumulation
     )
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     rate = schedule(state.step)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
+    params = moe.balance(config.model, params, routed)
     ema = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1.0 - config.optim.ema_decay)
@@ -90,32 +99,56 @@ def train_step(state: TrainState, batch: Batch, *, model, optimizer, schedule, c
         "targets": sums.weight,
         "skipped": state.skipped,
         "skipped_in_row": state.skipped_in_row,
+        **moe.metrics(config.model, routed, tokens),
     }
 
 
 def eval_step(params, batch: Batch, *, model, config: Config):
     """Summed nats and number of targets of a batch."""
-    sums = loss_sums(model, params, batch, config.train, dropout=None)
+    sums, _ = loss_sums(model, params, in_ring_order(batch), config.train, dropout=None)
     return sums.nats, sums.weight
 
 
 def accumulate(gradient: Callable, params, batch: Batch, count: int):
-    """Sum `gradient(params, micro_batch, rows)` over `count` micro-batches.
+    """Sum `gradient(params, micro_batch, places)` over `count` micro-batches.
 
-    Micro-batch i has rows i, i + count, ...: every device keeps the rows it holds.
+    Micro-batch i has rows i, i + count, ...: every device keeps the rows it holds. `places` [B, T]
+    are those of the tokens in the batch. With several micro-batches, each dp replica adds up its
+    own gradients, and they are summed over replicas once.
     """
-    rows = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
+    places = jnp.arange(batch.tokens.size, dtype=jnp.uint32).reshape(batch.tokens.shape)
+    batch, places = in_ring_order((batch, places))
     if count == 1:
-        return gradient(params, batch, rows)
+        return gradient(params, batch, places)
     split = lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)  # noqa: E731
-    micros = jax.tree.map(split, (batch, rows))
+    micros = jax.tree.map(split, (batch, places))
 
-    def add(total, micro):
-        return jax.tree.map(jnp.add, total, gradient(params, *micro)), None
+    def add_up(params, micros):
+        def add(total, micro):
+            return jax.tree.map(jnp.add, total, gradient(params, *micro)), None
 
-    shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], micros))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zeros, micros)[0]
+        shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], micros))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zeros, micros)[0]
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["dp"] == 1:
+        return add_up(params, micros)
+    return jax.shard_map(
+        lambda params, micros: jax.lax.psum(add_up(params, micros), "dp"),
+        in_specs=(PartitionSpec(), PartitionSpec(None, "dp")),
+        out_specs=PartitionSpec(),
+        axis_names={"dp"},
+        check_vma=False,
+    )(params, micros)
+
+
+def in_ring_order(tree):
+    """Arrays [B, T] with columns in the order in which the mesh in force splits rows over cp."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["cp"] == 1:
+        return tree
+    return jax.tree.map(lambda x: x[:, ring_order(x.shape[1], mesh.shape["cp"])], tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +171,14 @@ class Program:
         return place(batch, batch_sharding(self.mesh), rows, count)
 
 
+def build_model(config: Config, mesh: Mesh) -> Decoder:
+    """The model as it is trained on a mesh: with its pipeline."""
+    rows = config.train.batch_size // config.train.accumulation // batch_shards(mesh)
+    parallel = config.parallel
+    schedule = make_schedule(mesh.shape["pp"], parallel.rounds, parallel.microbatches, rows)
+    return Decoder(config.model, schedule)
+
+
 def build_program(model, make_optimizer: Callable, schedule: Callable, config: Config, mesh: Mesh):
     """Lay the state out on the mesh and compile init, train and eval for it.
 
@@ -148,14 +189,15 @@ def build_program(model, make_optimizer: Callable, schedule: Callable, config: C
     optimizer = make_optimizer(axes)
     logical = jax.eval_shape(lambda p: init_state(p, optimizer, config), params)
     state_axes = axes_like(logical, params, axes)
-    layout = make_layout(logical, state_axes, mesh)
-    params_layout = make_layout(params, axes, mesh)
+    order = model.schedule.order(config.model.num_layers)
+    layout = make_layout(logical, state_axes, mesh, order)
+    params_layout = make_layout(params, axes, mesh, order)
     stored, everywhere = layout.shardings, replicated_sharding(mesh)
     rows = batch_sharding(mesh)
 
     def initial():
         params, _ = split_boxes(model.init(key))
-        return layout.pad(init_state(params, optimizer, config))
+        return layout.store(init_state(params, optimizer, config))
 
     def initial_from(params):
         return layout.pad(init_state(params_layout.unpad(params), optimizer, config))
@@ -187,6 +229,7 @@ def build_program(model, make_optimizer: Callable, schedule: Callable, config: C
             in_shardings=(stored, rows),
             out_shardings=(stored, everywhere),
             donate_argnums=0,
+            compiler_options=compiler_options(config.parallel.overlap),
         ),
         eval_step=compiled(
             evaluate, in_shardings=(params_layout.shardings, rows), out_shardings=everywhere

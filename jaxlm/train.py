@@ -22,14 +22,13 @@ from jaxlm.flops import peak_flops, training_flops_per_token
 from jaxlm.inputs import Inputs
 from jaxlm.liveness import Stall
 from jaxlm.mesh import enable_compilation_cache, make_mesh
-from jaxlm.models.decoder import Decoder
 from jaxlm.monitor import Display, Meter, MetricsLog, NoLog
 from jaxlm.optim import learning_rate, make_optimizer
 from jaxlm.processes import Group, find_launch, hush_gloo, joined
 from jaxlm.profiling import Profile
 from jaxlm.run_folder import claimed, with_vocabulary
 from jaxlm.sharding import check_fits
-from jaxlm.step import TrainState, build_program
+from jaxlm.step import TrainState, build_model, build_program
 from jaxlm.tasks.language_modelling import Batch
 from jaxlm.validation import Validation
 
@@ -87,7 +86,7 @@ class Trainer:
         self.run_folder = Path(config.out)
         self.prepared = prepared
         self.group = group
-        self.model = Decoder(config.model)
+        self.model = build_model(config, mesh)
         self.program = build_program(
             self.model,
             functools.partial(make_optimizer, config.optim),
@@ -245,7 +244,7 @@ class Trainer:
         source = self.config.init_from
         if source is None:
             return self.program.init()
-        return self.program.init_from(load_params(source, self.config, self.program.mesh))
+        return self.program.init_from(load_params(source, self.model, self.program.mesh))
 
     def _profiled(self, steps: range) -> range:
         """The steps to trace here. Raises UserError where the run has none of them to come."""

@@ -11,9 +11,8 @@ from jaxlm.data.corpus import Prepared
 from jaxlm.decode import Sampling, build_decode_program
 from jaxlm.errors import UserError
 from jaxlm.inputs import Inputs
-from jaxlm.models.decoder import Decoder
 from jaxlm.processes import Group
-from jaxlm.step import Program
+from jaxlm.step import Program, build_model
 from jaxlm.tasks.language_modelling import compressed_bits, validation_metrics
 
 
@@ -29,7 +28,7 @@ class Validation:
         self._tokenizer = prepared.tokenizer
         self._inputs = inputs
         self._group = group
-        self._decoder = build_decode_program(Decoder(config.model), program.mesh)
+        self._decoder = build_decode_program(build_model(config, program.mesh), program.mesh)
         self._prompt = self._sample_prompt()
         self._bits_per_byte = math.nan
 

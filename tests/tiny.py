@@ -8,9 +8,8 @@ import numpy as np
 from jaxlm.cli import build_config
 from jaxlm.config import Config
 from jaxlm.mesh import make_mesh
-from jaxlm.models.decoder import Decoder
 from jaxlm.optim import learning_rate, make_optimizer
-from jaxlm.step import Program, build_program
+from jaxlm.step import Program, build_model, build_program
 from jaxlm.tasks.language_modelling import Batch, make_batch
 
 # Twelve heads for tp3 and tp4, 24 rows for dp8 and fsdp6; the vocabulary is prime, and tp3 and
@@ -60,12 +59,13 @@ def random_batch(config: Config, seed: int = 0) -> Batch:
 
 def make_program(config: Config, mesh: str = "dp1", optimizer=None) -> Program:
     """The compiled functions of a run on a mesh; `optimizer` stands in for the config's."""
+    mesh = make_mesh(mesh)
     return build_program(
-        Decoder(config.model),
+        build_model(config, mesh),
         optimizer or functools.partial(make_optimizer, config.optim),
         learning_rate(config.optim, config.train.steps),
         config,
-        make_mesh(mesh),
+        mesh,
     )
 
 

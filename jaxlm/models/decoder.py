@@ -21,6 +21,8 @@ from jaxlm.nn.layers import (
     residual_norm,
     rope_angles,
 )
+from jaxlm.nn.moe import Experts
+from jaxlm.parallel.pipeline import Schedule
 from jaxlm.sharding import constrain
 
 
@@ -32,16 +34,24 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_btd, *, dropout: Dropout | None, **attention_inputs):
+    def __call__(self, x_btd, *, dropout: Dropout | None, places: Places, **attention_inputs):
+        """Returns ([B, T, D], auxiliary sums, the cache written to)."""
         c = self.config
         y = residual_norm(c, "attention_norm")(x_btd)
         y, cache = Attention(c, self.local, self.dtype, name="attention")(
-            y, dropout=dropout, **attention_inputs
+            y, dropout=dropout, places=places, **attention_inputs
         )
         x_btd = self._add(x_btd, y, "attention_post_norm", dropout, ATTENTION_OUTPUT)
         y = residual_norm(c, "mlp_norm")(x_btd)
-        y = MLP(c, self.dtype, name="mlp")(y)
-        return self._add(x_btd, y, "mlp_post_norm", dropout, MLP_OUTPUT), cache
+        sums = {}
+        if c.experts is None:
+            y = MLP(c, self.dtype, name="mlp")(y)
+        else:
+            is_token = jnp.ones_like(places.positions, bool)
+            if places.segments is not None:
+                is_token = places.segments > 0
+            y, sums = Experts(c, self.dtype, name="mlp")(y, is_token)
+        return self._add(x_btd, y, "mlp_post_norm", dropout, MLP_OUTPUT), sums, cache
 
     def _add(self, x_btd, y_btd, norm: str, dropout: Dropout | None, site: int):
         y_btd = constrain(y_btd, "batch", "residual_length", None)
@@ -69,6 +79,8 @@ class Decoder:
     """A language model P(w1..wn) as a product of P(wi | w1..wi-1). Pure: parameters are given."""
 
     config: ModelConfig
+    schedule: Schedule = Schedule()  # noqa: RUF009
+    """How stacked layers run as a pipeline."""
 
     def __post_init__(self):
         if self.config.vocab_size is None:
@@ -106,9 +118,10 @@ class Decoder:
         return params
 
     def hidden(self, params, tokens_bt, places: Places, dropout=None, cache: Cache | None = None):
-        """The last layer's normalised output [B, T, D]; with a cache also the cache, extended.
+        """The last layer's normalised output [B, T, D]; returns (it, sums, the cache, extended).
 
-        `params["layers"]` is stacked, or, as a cache needs it, unstacked.
+        The sums are those of mixtures of experts (`nn.moe.route`), stacked by layer as they are
+        stored. `params["layers"]` is stacked, or, as a cache needs it, unstacked.
         """
         c = self.config
         x = self._embed().apply({"params": params["embed"]}, tokens_bt)
@@ -119,36 +132,38 @@ class Decoder:
         x = constrain(x, "batch", "residual_length", None)
         if dropout is not None:
             x = dropout(x, c.dropout, EMBEDDING)
-        angles = self._angles(places)
-        inputs = {"places": places}
+        inputs = {}
         if cache is not None:
             cache = _note_places(cache, places)
-            inputs |= {"slot": cache.used - tokens_bt.shape[1], "cached": cache.places}
+            inputs = {"slot": cache.used - tokens_bt.shape[1], "cached": cache.places}
 
-        def apply(kind, layer_params, x, layer, layer_cache):
+        def apply(kind, layer_params, x, rows, layer, layer_cache):
+            places, tokens = rows
             local = c.layer_pattern[kind] == "local"
+            masks = None if dropout is None else Dropout(dropout.key, tokens).layer(layer + 1)
             return Block(c, local, self.dtype).apply(
                 {"params": layer_params},
                 x,
-                dropout=None if dropout is None else dropout.layer(layer + 1),
-                angles=angles[local],
+                dropout=masks,
+                places=places,
+                angles=self._angles(places)[local],
                 cache=layer_cache,
                 **inputs,
             )
 
-        x, written = run_stack(
+        x, sums, written = run_stack(
             apply,
             params["layers"],
             x,
+            (places, None if dropout is None else dropout.tokens),
             period=len(c.layer_pattern),
             mode=c.stack,
             remat=c.remat,
+            schedule=self.schedule,
             caches=None if cache is None else cache.layers,
         )
         x = self._final_norm().apply({"params": params["final_norm"]}, x)
-        if cache is None:
-            return x
-        return x, dataclasses.replace(cache, layers=written)
+        return x, sums, cache and dataclasses.replace(cache, layers=written)
 
     def logits(self, params, hidden_btd):
         """Logits [B, T, V], float32."""

@@ -4,10 +4,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+
+from jaxlm.parallel.pipeline import Schedule, run_pipeline
 
 # What the backward pass may keep instead of recomputing.
 REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -27,29 +31,49 @@ def init_stack(init: Callable, key, num_layers: int):
     )
 
 
-def unstack(layers) -> tuple:
-    """One tree per layer. Slicing once, outside the token loop, is what decoding wants."""
-    return tuple(_take(layers, i) for i in range(_length(layers)))
+def unstack(layers, order: np.ndarray | None = None) -> tuple:
+    """One tree per layer. Slicing once, outside the token loop, is what decoding wants.
+
+    `order` says which layer is at each place of the stack.
+    """
+    places = range(_length(layers)) if order is None else np.argsort(order)
+    return tuple(_take(layers, i) for i in places)
 
 
-def run_stack(apply: Callable, layers, x, *, period: int, mode: str, remat: str, caches=None):
-    """Run `x` through the layers; returns (x, the caches written to or None).
+def run_stack(
+    apply: Callable,
+    layers,
+    x,
+    rows,
+    *,
+    period: int,
+    mode: str,
+    remat: str,
+    schedule: Schedule,
+    caches=None,
+):
+    """Run `x` through the layers; returns (x, auxiliary sums by layer, the caches written to).
 
-    `apply(kind, params, x, layer, cache)` is one layer; `kind`, static, is the layer's place in
-    the repeating pattern of `period` layers. `layers` is stacked, or a tuple of trees
-    (see `unstack`), which may come with a tuple of caches.
+    `apply(kind, params, x, rows, layer, cache)` is one layer and returns (x, sums, cache); `kind`,
+    static, is the layer's place in the repeating pattern of `period` layers, and `rows` a tree of
+    arrays [B, ...] that go with `x`. `layers` is stacked, or a tuple of trees (see `unstack`),
+    which may come with a tuple of caches. With more than one stage in `schedule`, the stack runs
+    as a pipeline.
     """
     if isinstance(layers, tuple):
-        written = []
+        written, sums = [], []
         for i, params in enumerate(layers):
-            x, cache = apply(i % period, params, x, i, caches[i] if caches else None)
+            cache = caches[i] if caches else None
+            x, new, cache = apply(i % period, params, x, rows, i, cache)
             written.append(cache)
-        return x, tuple(written) if caches else None
+            sums.append(new)
+        return x, _stack(sums), tuple(written) if caches else None
 
-    def one(kind, params, x, layer):
-        return apply(kind, params, x, layer, None)[0]
+    def one(kind, params, x, rows, layer):
+        return apply(kind, params, x, rows, layer, None)[:2]
 
-    if remat != "none":
+    piped = schedule.stages > 1
+    if remat == "full" or (remat == "dots" and not piped):
         # A scan already keeps the compiler from undoing the recomputation.
         one = jax.checkpoint(
             one,
@@ -57,23 +81,47 @@ def run_stack(apply: Callable, layers, x, *, period: int, mode: str, remat: str,
             static_argnums=(0,),
             prevent_cse=mode != "scan",
         )
+
+    def run(layers, x, rows, first=0):
+        return _run_layers(one, layers, x, rows, first, period, mode)
+
+    if piped:
+        run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        return *run_pipeline(run, layers, x, rows, schedule), None
+    return *run(layers, x, rows), None
+
+
+def _run_layers(one: Callable, layers, x, rows, first, period: int, mode: str):
+    """Stacked layers in sequence, `first` the index of the first; returns (x, sums by layer)."""
     length = _length(layers)
     scanned = length // period * period if mode == "scan" else 0
 
     def one_period(x, step):
-        params, first = step
+        params, index = step
+        sums = []
         for kind in range(period):
-            x = one(kind, _take(params, kind), x, first + kind)
-        return x, None
+            x, new = one(kind, _take(params, kind), x, rows, index + kind)
+            sums.append(new)
+        return x, _stack(sums)
 
+    parts = []
     if scanned:
         periods = jax.tree.map(
             lambda p: p[:scanned].reshape(scanned // period, period, *p.shape[1:]), layers
         )
-        x, _ = jax.lax.scan(one_period, x, (periods, jnp.arange(0, scanned, period)))
+        x, sums = jax.lax.scan(one_period, x, (periods, first + jnp.arange(0, scanned, period)))
+        parts.append(jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), sums))
+    rest = []
     for i in range(scanned, length):
-        x = one(i % period, _take(layers, i), x, i)
-    return x, None
+        x, new = one(i % period, _take(layers, i), x, rows, first + i)
+        rest.append(new)
+    if rest:
+        parts.append(_stack(rest))
+    return x, jax.tree.map(lambda *s: jnp.concatenate(s), *parts)
+
+
+def _stack(trees: list):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def _take(layers, index: int):

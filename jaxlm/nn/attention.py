@@ -152,7 +152,7 @@ def _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, dropout, dropout_ra
     scores_bkgts = jnp.where(mask_bts[:, None, None], scores_bkgts, MASKED)
     weights_bkgts = jax.nn.softmax(scores_bkgts, axis=-1)
     if dropout is not None:
-        weights_bkgts = dropout(weights_bkgts, dropout_rate, ATTENTION_PROBABILITIES)
+        weights_bkgts = dropout(weights_bkgts, dropout_rate, ATTENTION_PROBABILITIES, 3)
     out = jnp.einsum("bkgts,bskh->btkgh", weights_bkgts.astype(v_bskh.dtype), v_bskh)
     return out.reshape(batch, length, heads, head_dim)
 

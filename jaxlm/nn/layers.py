@@ -112,12 +112,11 @@ class MLP(nn.Module):
             "use_bias": c.mlp_bias,
         }
         up_btf = Dense(**wide, name="up")(x_btd)
+        act = activation(c.mlp)
         if c.mlp == "gelu":
-            hidden_btf = nn.gelu(up_btf, approximate=True)
+            hidden_btf = act(up_btf)
         else:
-            gate_btf = Dense(**wide, name="gate")(x_btd)
-            act = nn.silu if c.mlp == "swiglu" else lambda x: nn.gelu(x, approximate=True)
-            hidden_btf = act(gate_btf) * up_btf
+            hidden_btf = act(Dense(**wide, name="gate")(x_btd)) * up_btf
         hidden_btf = constrain(hidden_btf, "batch", "length", "mlp")
         return Dense(
             (c.d_model,),
@@ -128,6 +127,11 @@ class MLP(nn.Module):
             c.mlp_bias,
             name="down",
         )(hidden_btf)
+
+
+def activation(mlp: str):
+    """The function on a feed-forward layer's hidden units, or on their gate."""
+    return nn.silu if mlp == "swiglu" else lambda x: nn.gelu(x, approximate=True)
 
 
 def gaussian(mean: float, std: float):
@@ -175,21 +179,29 @@ def apply_rope(x_btnh, angles_bth):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Dropout whose masks depend on (key, site, global row) only, never on mesh or micro-batch."""
+    """Dropout whose masks depend on (key, site, token) only, never on mesh or micro-batch."""
 
     key: jax.Array
-    rows: jax.Array
-    """[B] int32: each row's place in the global batch."""
+    tokens: jax.Array
+    """[B, T] uint32: each token's place in the global batch, row by row."""
 
     def layer(self, index) -> "Dropout":
         """The dropout of one layer."""
-        return Dropout(jax.random.fold_in(self.key, index), self.rows)
+        return Dropout(jax.random.fold_in(self.key, index), self.tokens)
 
-    def __call__(self, x, rate: float, site: int):
-        """Zero elements of `x` [B, ...] with probability `rate`, and scale the rest."""
+    def __call__(self, x, rate: float, site: int, token_dim: int = 1):
+        """Zero elements of `x` with probability `rate`, and scale the rest.
+
+        The first dimension of `x` is that of rows, `token_dim` that of tokens.
+        """
         if not rate:
             return x
         site_key = jax.random.fold_in(self.key, site)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(site_key, self.rows)
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
-        return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+        x = jnp.moveaxis(x, token_dim, 1)
+
+        def keep(token):
+            key = jax.random.fold_in(site_key, token)
+            return jax.random.bernoulli(key, 1 - rate, x.shape[2:])
+
+        kept = jax.vmap(jax.vmap(keep))(self.tokens)
+        return jnp.moveaxis(jnp.where(kept, x / (1 - rate), jnp.zeros_like(x)), 1, token_dim)

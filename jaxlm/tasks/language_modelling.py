@@ -41,17 +41,18 @@ def make_batch(rows: dict[str, np.ndarray]) -> Batch:
 
 def loss_sums(
     model, params, batch: Batch, config: TrainConfig, dropout: Dropout | None
-) -> LossSums:
-    """The loss of a batch as sums over its targets."""
+) -> tuple[LossSums, dict]:
+    """The loss of a batch as sums over its targets, and its experts' sums (`nn.moe.route`)."""
     places = Places(batch.positions, batch.segment_ids)
-    hidden_btd = model.hidden(params, batch.tokens, places, dropout)
-    return blocked_cross_entropy(
+    hidden_btd, experts, _ = model.hidden(params, batch.tokens, places, dropout)
+    sums = blocked_cross_entropy(
         hidden_btd,
         lambda hidden: model.logits(params, hidden),
         batch.targets,
         batch.weights,
         config.loss_block,
     )
+    return sums, experts
 
 
 def validation_metrics(nats: float, targets: float, bytes_per_target: float) -> dict[str, float]:

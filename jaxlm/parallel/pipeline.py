@@ -1,0 +1,158 @@
+"""Pipeline parallelism: layers split over stages, micro-batches streamed through them.
+
+One loop over ticks, the same program on every stage. In tick t, stage s works on item t - s: items
+are the micro-batches, then, with more rounds, the same micro-batches again for the next layers.
+One round is GPipe (Huang et al., 2019); more are the interleaved, or circular, schedule (Narayanan
+et al., 2021): each device holds `rounds` stages of fewer layers, and the first item comes out of
+the last device after fewer layers.
+
+Every stage's work is recomputed in the backward pass from its input. What a device keeps of the
+forward pass is therefore its inputs, one per tick, and the stream of micro-batches.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jaxlm.errors import nearest_divisor
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How a batch runs through `stages` devices; with one, there is no pipeline."""
+
+    stages: int = 1
+    microbatches: int = 1
+    """Parts of the batch; at least as many as stages."""
+    rounds: int = 1
+    """Stages that each device holds, in turn: 1 is GPipe, more are interleaved."""
+
+    @property
+    def ticks(self) -> int:
+        """Steps of the loop, in each of which every stage does the work of one item."""
+        return self.rounds * self.microbatches + self.stages - 1
+
+    @property
+    def bubble(self) -> float:
+        """The share of a device's time that it has nothing to do: (S - 1) / (R M + S - 1)."""
+        return (self.stages - 1) / self.ticks
+
+    def order(self, num_layers: int) -> np.ndarray:
+        """The layer at each stored place: a device's layers lie together, round after round."""
+        layers = np.arange(num_layers).reshape(self.rounds, self.stages, -1)
+        return layers.swapaxes(0, 1).reshape(-1)
+
+
+def make_schedule(stages: int, rounds: int, microbatches: int | None, rows: int) -> Schedule:
+    """The schedule for `rows` rows on each device that shares a batch.
+
+    `microbatches` None takes the divisor of the rows nearest to two per stage.
+    """
+    if stages == 1:
+        return Schedule()
+    if microbatches is None:
+        microbatches = nearest_divisor(rows, 2 * stages)
+        microbatches = microbatches if microbatches >= stages else rows
+    return Schedule(stages, microbatches, rounds)
+
+
+def run_pipeline(stage: Callable, layers, x, rows, schedule: Schedule):
+    """Run `x` [B, ...] through all layers; returns (x, auxiliary sums by layer).
+
+    `stage(layers, x, rows, first)` runs a run of layers, `first` the index of the first, and
+    returns (x, a tree of sums, one entry a layer). `layers` is stacked in `schedule.order` and
+    split over the mesh axis `pp`; `rows` is a tree of arrays [B, ...] that go with `x` without
+    being changed. Outside the pipeline, `pp` splits micro-batches: each device embeds and judges
+    its share of the rows.
+    """
+    count = schedule.microbatches
+    spare = -count % schedule.stages
+    x, rows = jax.tree.map(lambda a: _split_rows(a, count), (x, rows))
+    x = jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1))
+    by_stage, everywhere = PartitionSpec("pp"), PartitionSpec()
+    x, sums = jax.shard_map(
+        lambda layers, x, rows: _one_device(stage, layers, x, rows, schedule),
+        in_specs=(by_stage, by_stage, everywhere),
+        out_specs=(by_stage, by_stage),
+        axis_names={"pp"},
+        check_vma=False,
+    )(layers, x, rows)
+    return _join_rows(x[:count]), sums
+
+
+def _one_device(stage: Callable, layers, x, rows, schedule: Schedule):
+    """What each device of the pipeline does; arrays are its own parts."""
+    stages, count, rounds = schedule.stages, schedule.microbatches, schedule.rounds
+    place = jax.lax.axis_index("pp")
+    layers = jax.tree.map(lambda p: p.reshape(rounds, -1, *p.shape[1:]), layers)
+    run_length = jax.tree.leaves(layers)[0].shape[1]
+    # Stage 0 alone reads the stream: inputs at first, then what came round from the last stage.
+    stream = _gather(x)[:count]
+
+    def work(round_, x, item):
+        layers_now, rows_now = _at(layers, round_), _at(rows, item)
+        return stage(layers_now, x, rows_now, (round_ * stages + place) * run_length)
+
+    def arrive(stream, arriving, tick):
+        """Put what left the last stage one tick ago back into the stream."""
+        item = jnp.maximum(tick - stages, 0) % count
+        kept = jnp.where(tick >= stages, arriving, _at(stream, item))
+        return jax.lax.dynamic_update_index_in_dim(stream, kept, item, 0)
+
+    def tick(carry, now):
+        stream, arriving, sums = carry
+        stream = arrive(stream, arriving, now)
+        item = now - place
+        is_real = (item >= 0) & (item < rounds * count)
+        item = jnp.clip(item, 0, rounds * count - 1)
+        round_, item = item // count, item % count
+        x, new = work(round_, jnp.where(place == 0, _at(stream, item), arriving), item)
+        sums = jax.tree.map(lambda a, b: a.at[round_].add(jnp.where(is_real, b, 0)), sums, new)
+        arriving = jax.lax.ppermute(x, "pp", [(i, (i + 1) % stages) for i in range(stages)])
+        return (stream, arriving, sums), None
+
+    shapes = jax.eval_shape(work, 0, stream[0], 0)[1]
+    sums = jax.tree.map(lambda s: jnp.zeros((rounds, *s.shape), s.dtype), shapes)
+    start = stream, jnp.zeros_like(stream[0]), sums
+    (stream, arriving, sums), _ = jax.lax.scan(tick, start, jnp.arange(schedule.ticks))
+    stream = arrive(stream, arriving, schedule.ticks)
+    spare = x.shape[0] * stages - count
+    stream = jnp.pad(stream, [(0, spare)] + [(0, 0)] * (stream.ndim - 1))
+    sums = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sums)
+    return _scatter_from_first(stream, place), sums
+
+
+def _split_rows(x, count: int):
+    """[B, ...] as [count, B / count, ...]: micro-batch i has rows i, i + count, ..., so that every
+    device keeps the rows it holds.
+    """
+    return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+
+
+def _join_rows(x):
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _at(tree, index):
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, False), tree)
+
+
+def _gather(x):
+    wide = x.astype(_wide(x.dtype))
+    return jax.lax.all_gather(wide, "pp", axis=0, tiled=True).astype(x.dtype)
+
+
+def _scatter_from_first(x, place):
+    """Each stage's share of what stage 0 holds."""
+    mine = jnp.where(place == 0, x, 0).astype(_wide(x.dtype))
+    return jax.lax.psum_scatter(mine, "pp", scatter_dimension=0, tiled=True).astype(x.dtype)
+
+
+def _wide(dtype):
+    """XLA's CPU compiler cannot sum bfloat16 inside a shard_map."""
+    return jnp.float32 if jax.default_backend() == "cpu" else dtype

@@ -12,6 +12,7 @@ FLOORS = [
     {"errors", "axes", "values", "model_config", "config", "presets", "cli"},
     {
         "mesh",
+        "collectives",
         "tokenizer",
         "flops",
         "monitor",

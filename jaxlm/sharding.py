@@ -242,8 +242,8 @@ def _training_misfit(config: Config, sizes: dict[str, int]) -> str | None:
         )
     if cp > 1 and model.experts is not None and model.experts.capacity is not None:
         return (
-            f"model.experts.capacity counts a row's tokens in order, but cp={cp} splits rows: leave "
-            "capacity out"
+            f"model.experts.capacity counts a row's tokens in order, but cp={cp} splits rows: "
+            "leave capacity out"
         )
     shards = sizes["dp"] * sizes["fsdp"] * sizes["ep"]
     rows = train.batch_size // train.accumulation
@@ -264,8 +264,8 @@ def _pipeline_misfit(config: Config, pp: int, rows: int) -> str | None:
         parts = f"pp x parallel.rounds = {pp} x {rounds}"
         whole = f" of whole patterns of {pattern} layers" if pattern > 1 else ""
         return (
-            f"model.num_layers={model.num_layers} does not divide over {parts} stages{whole}: use a "
-            f"multiple of {pp * rounds * pattern}"
+            f"model.num_layers={model.num_layers} does not divide over {parts} stages{whole}: "
+            f"use a multiple of {pp * rounds * pattern}"
         )
     if rows < pp:
         return (

@@ -68,9 +68,11 @@ class Experts(nn.Module):
         kernels = self._kernels()
         axes = {name: KERNEL_AXES[name] for name in kernels}
         x_btd = constrain(x_btd, "batch", "length", None)
-        y_btd, dropped_bt = run_experts(
-            self._apply_experts, kernels, axes, x_btd, chosen_btk, weights_btk, capacity
-        )
+        y_btd, dropped_bt = x_btd, jnp.zeros_like(is_token_bt)
+        if not self.is_initializing():  # on one token, which no mesh splits
+            y_btd, dropped_bt = run_experts(
+                self._apply_experts, kernels, axes, x_btd, chosen_btk, weights_btk, capacity
+            )
         sums["dropped"] = jnp.sum(dropped_bt * is_token_bt).astype(jnp.float32)
         if e.d_shared:
             shared = dataclasses.replace(c, d_ff=e.d_shared)

@@ -46,7 +46,7 @@ def run_experts(
     return jax.shard_map(
         on_device,
         in_specs=(specs, tokens, tokens, tokens),
-        out_specs=(tokens, tokens),
+        out_specs=(tokens, PartitionSpec(*tokens[:2])),
         axis_names=named - manual,
         check_vma=False,
     )(kernels, x_btd, chosen_btk, weights_btk)
@@ -126,7 +126,7 @@ def _places(chosen_btk, capacity: int, kernels, ep: int):
 
 def _with_capacity(apply: Callable, kernels, x_btd, kept_btk, weights_btk, capacity: int, ep: int):
     """Tokens to their expert's places, places to their expert's device by all-to-all, and back."""
-    batch, length, width = x_btd.shape
+    batch, _, width = x_btd.shape
     top_k, experts = kept_btk.shape[2], _num_experts(kernels)
     slots = experts * ep * capacity
     rows = batch * slots
@@ -160,7 +160,7 @@ def _to_rows(x_nd, source_r, places_nk):
 
 
 def _to_rows_backward(residuals, gradient_rd):
-    source_r, places_nk = residuals
+    _, places_nk = residuals
     return _rows_or_zeros(gradient_rd, places_nk).sum(1), None, None
 
 

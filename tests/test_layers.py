@@ -13,6 +13,7 @@ FLOORS = [
     {
         "mesh",
         "collectives",
+        "xla",
         "tokenizer",
         "flops",
         "monitor",
@@ -29,7 +30,7 @@ FLOORS = [
     {"tasks", "checkpoint"},
     {"step", "decode"},
     {"export"},
-    {"api", "run_folder", "inputs", "validation"},
+    {"api", "run_folder", "inputs", "validation", "parity"},
     {"train", "prepare", "evaluate", "check", "sample", "bench", "export.__main__"},
     {"__init__"},
 ]

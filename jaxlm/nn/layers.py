@@ -91,7 +91,8 @@ class Embed(nn.Module):
         self.embedding = self.param("embedding", with_axes(init, (self.axis, "embed")), shape)
 
     def __call__(self, ids):
-        return self.embedding.astype(self.dtype)[ids]
+        table = constrain(self.embedding.astype(self.dtype), self.axis, None)
+        return table[ids]
 
 
 class MLP(nn.Module):

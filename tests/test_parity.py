@@ -16,9 +16,39 @@ from jaxlm.sharding import path_name
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-MESHES = ["dp8", "fsdp8", "dp2,fsdp2,tp2", "tp3"]
-MORE_MESHES = ["tp4", "fsdp6", "dp2,tp4", "fsdp4,tp2", "dp2,tp3"]
-MESHES += [pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE_MESHES]
+# Meshes, and what else the run on them has: two rounds of an interleaved pipeline, accumulation.
+DENSE = ["dp8", "fsdp8", "dp2,fsdp2,tp2", "tp3", "pp2,dp2,tp2", "cp4,dp2"]
+MORE_DENSE = ["tp4", "fsdp6", "dp2,tp4", "fsdp4,tp2", "dp2,tp3", "pp4,dp2", "pp2,cp2,tp2"]
+MORE_DENSE += [
+    "cp2,tp2,dp2",
+    "pp2,fsdp2 rounds",
+    "dp2,pp2,cp2 accumulation",
+    "fsdp2,tp2 accumulation",
+]
+EXPERTS = ["ep2,tp2,dp2 experts", "dp2,ep2 capacity"]
+MORE_EXPERTS = [
+    "ep4,dp2 experts",
+    "pp2,fsdp2,ep2 experts",
+    "cp2,ep2,fsdp2 experts",
+    "dp4,tp2 experts",
+]
+MORE_EXPERTS += [
+    "pp2,ep2,dp2 experts muon",
+    "ep2,tp2,fsdp2 capacity",
+    "pp2,ep2 capacity",
+    "ep2,dp2 experts accumulation",
+]
+MESHES = DENSE + EXPERTS
+MESHES += [pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE_DENSE + MORE_EXPERTS]
+EXPERT_FIELDS = {
+    "num_experts": 8,
+    "top_k": 2,
+    "d_ff": 21,
+    "d_shared": 10,
+    "router_z_loss": 1e-3,
+    "bias_rate": 1e-2,
+}
+COMPARED = ("loss", "grad_norm", "balance_loss", "router_z_loss", "expert_load_max", "dropped")
 STEPS = 3
 TOLERANCE = 1e-5
 
@@ -51,10 +81,22 @@ def remembering(config, axes) -> optax.GradientTransformation:
 
 
 @functools.cache
-def run(mesh: str, dropout: float = 0.0) -> Run:
-    """A few steps from the initial parameters."""
+def run(case: str, dropout: float = 0.0) -> Run:
+    """A few steps from the initial parameters, on the mesh that the case begins with."""
+    mesh, *extras = case.split()
+    experts = None
+    if "experts" in extras or "capacity" in extras:
+        experts = EXPERT_FIELDS | ({"capacity": 1.2} if "capacity" in extras else {})
     config = tiny_config(
-        model={"dropout": dropout, "attention_dropout": dropout}, train={"z_loss": 1e-3}
+        model={
+            "num_layers": 4,
+            "dropout": dropout,
+            "attention_dropout": 0.0 if "cp" in case else dropout,
+            "experts": experts,
+        },
+        train={"z_loss": 1e-3, "accumulation": 2 if "accumulation" in extras else 1},
+        parallel={"rounds": 2 if "rounds" in extras else 1},
+        optim={"name": "muon" if "muon" in extras else "adamw"},
     )
     program = make_program(config, mesh, functools.partial(remembering, config))
     with jax.default_matmul_precision("highest"):
@@ -62,10 +104,16 @@ def run(mesh: str, dropout: float = 0.0) -> Run:
         params, losses = exact(program, state).params, []
         for step in range(STEPS):
             state, metrics = program.train_step(state, program.put(random_batch(config, step)))
-            losses.append(float(metrics["loss"]))
+            losses.append([float(metrics[name]) for name in COMPARED if name in metrics])
             if step == 0:
                 gradients = exact(program, state).opt_state[0]
     return Run(params, gradients, np.array(losses))
+
+
+def one_device(case: str) -> str:
+    """The same numbers' run without a mesh."""
+    extras = [word for word in case.split()[1:] if word in ("experts", "capacity", "muon")]
+    return " ".join(["dp1", *extras])
 
 
 def assert_same_gradients(got, wanted):
@@ -79,34 +127,53 @@ def assert_same_gradients(got, wanted):
         assert np.linalg.norm(a - b) <= allowed, path_name(path)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_initial_parameters_are_bit_identical(mesh):
-    assert digest(run(mesh).params) == digest(run("dp1").params)
+@pytest.mark.parametrize("case", MESHES)
+def test_initial_parameters_are_bit_identical(case):
+    assert digest(run(case).params) == digest(run(one_device(case)).params)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ["dp8", "fsdp8", "pp2,dp2,tp2", "cp4,dp2", "ep2,tp2,dp2", "tp3"])
 def test_batches_are_bit_identical(mesh):
-    config = tiny_config()
+    experts = EXPERT_FIELDS if "ep" in mesh else None
+    config = tiny_config(model={"experts": experts})
     batch = random_batch(config)
     assert digest(jax.device_get(make_program(config, mesh).put(batch))) == digest(batch)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_losses_of_the_first_steps_are_the_same(mesh):
-    assert run("dp1").losses[0] == pytest.approx(np.log(101), rel=0.5)
-    np.testing.assert_allclose(run(mesh).losses, run("dp1").losses, rtol=TOLERANCE)
+@pytest.mark.parametrize("case", MESHES)
+def test_losses_of_the_first_steps_are_the_same(case):
+    wanted = run(one_device(case)).losses
+    assert wanted[0, 0] == pytest.approx(np.log(101), rel=0.5)
+    np.testing.assert_allclose(run(case).losses, wanted, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_gradients_are_the_same(mesh):
-    wanted = run("dp1").gradients
-    assert min(np.linalg.norm(g) for g in jax.tree.leaves(wanted)) > 0
-    assert_same_gradients(run(mesh).gradients, wanted)
+@pytest.mark.parametrize("case", MESHES)
+def test_gradients_are_the_same(case):
+    wanted = run(one_device(case)).gradients
+    norms = {
+        path_name(path): np.linalg.norm(g)
+        for path, g in jax.tree_util.tree_leaves_with_path(wanted)
+    }
+    assert min(n for name, n in norms.items() if not name.endswith("balance_bias")) > 0
+    assert_same_gradients(run(case).gradients, wanted)
 
 
-@pytest.mark.parametrize("mesh", ["dp2,fsdp2,tp2", pytest.param("tp3", marks=pytest.mark.slow)])
-def test_dropout_is_the_same(mesh):
-    one, many = run("dp1", 0.2), run(mesh, 0.2)
-    assert abs(one.losses[0] - run("dp1").losses[0]) > 1e-3, "dropout does nothing"
+def test_a_capacity_drops_some():
+    dropped = run("dp1 capacity").losses[:, COMPARED.index("dropped")]
+    assert 0.01 < dropped.min() < dropped.max() < 0.5
+
+
+DROPOUT = ["dp2,fsdp2,tp2", "cp2,dp2"]
+MORE_DROPOUT = ["tp3", "pp2,cp2,tp2", "dp2,tp2 accumulation", "pp2,dp2 rounds"]
+
+
+@pytest.mark.parametrize(
+    "case", DROPOUT + [pytest.param(case, marks=pytest.mark.slow) for case in MORE_DROPOUT]
+)
+def test_dropout_is_the_same(case):
+    # A ring never has the probabilities of a whole row to drop some of.
+    one = run("dp1 cp" if "cp" in case else "dp1", 0.2)
+    many = run(case, 0.2)
+    assert abs(one.losses[0, 0] - run("dp1").losses[0, 0]) > 1e-3, "dropout does nothing"
     np.testing.assert_allclose(many.losses, one.losses, rtol=TOLERANCE)
     assert_same_gradients(many.gradients, one.gradients)

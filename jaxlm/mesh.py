@@ -94,7 +94,8 @@ def nearest_meshes(
     Meshes over the axes that `sizes` names come before those that need another one.
     """
     axes = [axis for axis, n in sizes.items() if n != 1 or axis in COMMON_AXES]
-    fits = (dict(zip(axes, c, strict=True)) for c in _factorisations(devices, len(axes)))
+    ones = dict.fromkeys(sizes, 1)
+    fits = (ones | dict(zip(axes, c, strict=True)) for c in _factorisations(devices, len(axes)))
 
     def unlike(candidate):
         new_axes = sum(n != 1 and sizes[axis] == 1 for axis, n in candidate.items())

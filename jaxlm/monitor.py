@@ -141,6 +141,10 @@ class Countdown:
         return f"left {_clock(self._seconds * (self._total - step))}"
 
 
+# What an update tells that has no line of its own.
+_COUNTS = ("targets", "skipped", "skipped_in_row")
+
+
 class Meter:
     """Metrics on their way from the device to log and display, with the clock beside them."""
 
@@ -195,7 +199,7 @@ class Meter:
         line = {
             "step": step,
             "tokens": step * self._tokens_per_step,
-            **{name: float(row[name]) for name in ("loss", "learning_rate", "grad_norm")},
+            **{name: float(value) for name, value in row.items() if name not in _COUNTS},
             "tokens_per_second": self._tokens_per_step / seconds,
             "step_seconds": seconds,
         }

@@ -21,7 +21,7 @@ from jaxlm.errors import UserError
 from jaxlm.flops import peak_flops, training_flops_per_token
 from jaxlm.inputs import Inputs
 from jaxlm.liveness import Stall
-from jaxlm.mesh import enable_compilation_cache, make_mesh
+from jaxlm.mesh import batch_shards, enable_compilation_cache, make_mesh
 from jaxlm.monitor import Display, Meter, MetricsLog, NoLog
 from jaxlm.optim import learning_rate, make_optimizer
 from jaxlm.processes import Group, find_launch, hush_gloo, joined
@@ -94,6 +94,8 @@ class Trainer:
             config,
             mesh,
         )
+        if self.model.schedule.stages > 1:
+            say(self.model.schedule.describe(self._hidden_bytes(mesh)))
         replicated = [p for p in self.program.layout.replicated if p.startswith("params/")]
         if replicated:
             names = ", ".join(p.removeprefix("params/") for p in replicated[:3])
@@ -222,6 +224,13 @@ class Trainer:
             peak=None if peak is None else peak * mesh.size,
             max_nonfinite=config.train.max_nonfinite,
         )
+
+    def _hidden_bytes(self, mesh: jax.sharding.Mesh) -> int:
+        """Bytes of a micro-batch's hidden states on one device of a pipeline."""
+        parts = batch_shards(mesh) * mesh.shape["cp"] * mesh.shape["tp"]
+        tokens = self._tokens_per_step // self.config.train.accumulation
+        micro = tokens // self.model.schedule.microbatches // parts
+        return micro * self.config.model.d_model * self.model.dtype.itemsize
 
     @property
     def _tokens_per_step(self) -> int:

@@ -11,10 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import MODEL, make_program, random_batch, tiny_config
 
+from jaxlm.axes import format_mesh
 from jaxlm.decode import Sampling, bucket, build_decode_program, choose, left_pad
 from jaxlm.mesh import make_mesh
 from jaxlm.models.decoder import Decoder
 from jaxlm.nn.attention import Places
+from jaxlm.step import build_model
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -57,7 +59,7 @@ def full_logits():
 
     def logits(tokens):
         places = Places(jnp.arange(tokens.shape[1])[None])
-        return model.logits(params, model.hidden(params, tokens, places))
+        return model.logits(params, model.hidden(params, tokens, places)[0])
 
     return jax.jit(logits)
 
@@ -102,6 +104,44 @@ def test_a_mesh_generates_and_scores_the_same(mesh):
     one, one_params = program_and_params()
     for got, wanted in zip(program.score(params, texts), one.score(one_params, texts), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", ["pp2", "cp2", "pp2,dp2", "cp2,fsdp2,tp2"])
+def test_a_training_mesh_is_folded_for_decoding(mesh):
+    assert generate(PROMPTS, WARM, mesh, seed=5) == generate(PROMPTS, WARM, seed=5)
+    program, params = program_and_params(mesh)
+    assert program.mesh.shape["pp"] == program.mesh.shape["cp"] == 1
+    kernel = params["layers"][0]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.mesh == program.mesh
+    assert kernel.sharding.shard_shape(kernel.shape)[0] * program.mesh.shape["fsdp"] == 48
+
+
+@functools.cache
+def greedy_of_a_run(mesh: str, rounds: int = 1, experts: bool = False):
+    """Greedy tokens of the initial parameters of a run of four layers, as the run stores them."""
+    config = tiny_config(
+        model={"max_seq_len": 64, "num_layers": 4, "experts": {"d_ff": 21} if experts else None},
+        parallel={"rounds": rounds},
+    )
+    mesh = make_mesh(mesh)
+    program = build_decode_program(build_model(config, mesh), mesh)
+    params = program.prepare(make_program(config, format_mesh(dict(mesh.shape))).init().params)
+    options = {"max_new_tokens": 8, "sampling": GREEDY, "eos_id": None}
+    return list(program.generate(params, PROMPTS, **options))[-1]
+
+
+@pytest.mark.parametrize("mesh", ["pp2", "pp2,dp2"])
+def test_rounds_of_a_pipeline_are_decoded_in_the_layers_order(mesh):
+    made = greedy_of_a_run(mesh, rounds=2)
+    assert made == greedy_of_a_run("dp1")
+    assert len({tuple(text) for text in made}) == len(made)
+
+
+@pytest.mark.parametrize("mesh", ["ep2", "pp2,ep2", "ep2,cp2,dp2"])
+def test_experts_are_decoded_on_any_mesh(mesh):
+    made = greedy_of_a_run(mesh, experts=True)
+    assert made == greedy_of_a_run("dp1", experts=True)
+    assert made != greedy_of_a_run("dp1")
 
 
 def test_chunks_are_the_whole_in_pieces():

@@ -10,11 +10,13 @@ import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxlm import mesh as mesh_module
 from jaxlm.axes import MESH_AXES, OPEN, format_mesh, parse_mesh
+from jaxlm.decode import unfolded
 from jaxlm.errors import UserError
-from jaxlm.mesh import batch_shards, make_mesh, nearest_meshes
+from jaxlm.mesh import batch_shards, folded_mesh, make_mesh, nearest_meshes
 
 SIZES = st.tuples(*[st.sampled_from([1, 1, 2, 3, 16])] * len(MESH_AXES)).map(
     lambda sizes: dict(zip(MESH_AXES, sizes, strict=True))
@@ -83,6 +85,7 @@ def test_nearest_meshes_keep_to_the_named_axes_and_to_what_works():
     assert nearest_meshes(sizes, 8, works=lambda sizes: sizes["tp"] == 1)[0] == "dp8"
     assert nearest_meshes(parse_mesh("tp8"), 8, works=lambda s: s["tp"] < 8)[0] == "dp2,tp4"
     assert nearest_meshes(sizes, 8, works=lambda sizes: False) == []
+    assert nearest_meshes(sizes, 8, works=lambda sizes: set(sizes) == set(MESH_AXES))
 
 
 @pytest.mark.parametrize("text", ["dp1", "tp2", "tp2,dp2", "fsdp2,dp2,tp2", "dp,tp3", "fsdp"])
@@ -100,13 +103,35 @@ def test_a_mesh_on_cpu_may_leave_devices_out():
     assert batch_shards(make_mesh("dp2,fsdp2,tp2")) == 4
 
 
-@pytest.mark.parametrize(("axis", "kind"), mesh_module.NOT_YET.items())
-def test_an_axis_to_come_says_so(axis, kind):
-    assert dict(make_mesh(f"dp2,{axis}1").shape)[axis] == 1
-    with pytest.raises(UserError, match=f"{kind} parallelism .{axis}., which this version"):
-        make_mesh(f"dp2,{axis}2")
-    with pytest.raises(UserError, match="does not have yet"):
-        make_mesh(axis)
+FOLDS = ["pp2", "cp2,tp2", "pp2,cp2,tp2", "pp2,dp2,fsdp2", "fsdp2,ep2,cp2", "pp4,ep2", "dp2,tp2"]
+SPECS = [
+    P("fsdp", "tp"),
+    P(("dp", "fsdp", "ep"), None),
+    P(("tp", "fsdp"), "ep"),
+    P(None, ("fsdp",)),
+    P("ep", "dp"),
+    P(),
+]
+
+
+@pytest.mark.parametrize("text", FOLDS)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_folded_mesh_leaves_every_part_on_its_device(text, spec):
+    mesh = make_mesh(text)
+    folded = folded_mesh(mesh)
+    parts = NamedSharding(folded, spec).devices_indices_map((16, 16))
+    assert parts == NamedSharding(mesh, unfolded(spec)).devices_indices_map((16, 16))
+
+
+@pytest.mark.parametrize("text", FOLDS)
+def test_a_folded_mesh_has_pipeline_and_ring_in_fsdp(text):
+    mesh = make_mesh(text)
+    folded = folded_mesh(mesh)
+    sizes = dict(mesh.shape)
+    fsdp = sizes["pp"] * sizes["fsdp"] * sizes["cp"]
+    assert dict(folded.shape) == sizes | {"pp": 1, "cp": 1, "fsdp": fsdp}
+    assert set(folded.devices.flat) == set(mesh.devices.flat)
+    assert (folded is mesh) == (text == "dp2,tp2")
 
 
 def test_too_few_devices_already_started():

@@ -160,7 +160,7 @@ def whole(shape):
 def run(config: ModelConfig, params, tokens, places=None, dropout=None):
     """Logits of every position."""
     decoder = Decoder(config)
-    hidden = decoder.hidden(params, tokens, places or whole(tokens.shape), dropout)
+    hidden, *_ = decoder.hidden(params, tokens, places or whole(tokens.shape), dropout)
     return decoder.logits(params, hidden)
 
 
@@ -168,7 +168,7 @@ def run(config: ModelConfig, params, tokens, places=None, dropout=None):
 def loss_and_logits(config: ModelConfig, params, tokens):
     """The mean cross-entropy that transformers' `labels` asks for, and all logits."""
     decoder = Decoder(config)
-    hidden = decoder.hidden(params, tokens, whole(tokens.shape))
+    hidden, *_ = decoder.hidden(params, tokens, whole(tokens.shape))
     targets = jnp.roll(tokens, -1, axis=1)
     weights = jnp.ones(tokens.shape).at[:, -1].set(0.0)
     sums = blocked_cross_entropy(
@@ -263,7 +263,7 @@ def outcome(stack: str, remat: str):
     config = tiny(num_layers=3, layer_pattern=("local", "global"), sliding_window=3, dropout=0.2)
     params, tokens = params_of(config), tokens_of(31, (2, 8))
     config = dataclasses.replace(config, stack=stack, remat=remat)
-    drop = Dropout(jax.random.key(3, impl="unsafe_rbg"), jnp.arange(2))
+    drop = Dropout(jax.random.key(3, impl="unsafe_rbg"), jnp.arange(16).reshape(2, 8))
 
     def loss(params):
         logits = run(config, params, tokens, dropout=drop)

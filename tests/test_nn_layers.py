@@ -143,30 +143,43 @@ def test_embed_looks_up_rows_in_the_compute_type():
     np.testing.assert_array_equal(embed.apply(params, ids), table[np.array(ids)])
 
 
-def drop(rows, rate=0.25, site=0, seed=0, layer=0, shape=(64, 8)):
-    dropout = Dropout(jax.random.key(seed), jnp.asarray(rows)).layer(layer)
-    return np.asarray(dropout(jnp.ones((len(rows), *shape)), rate, site))
+PLACES = np.arange(16 * 64, dtype=np.uint32).reshape(16, 64)
+
+
+def drop(tokens, rate=0.25, site=0, seed=0, layer=0, width=8):
+    """Ones [B, T, width] after dropout, for tokens [B, T] of the global batch."""
+    dropout = Dropout(jax.random.key(seed), jnp.asarray(tokens)).layer(layer)
+    return np.asarray(dropout(jnp.ones((*tokens.shape, width)), rate, site))
 
 
 def test_dropout_zeroes_at_its_rate_and_keeps_the_mean():
-    y = drop(range(16))
+    y = drop(PLACES)
     assert set(np.unique(y)) == {np.float32(0), np.float32(1) / np.float32(0.75)}
     # Five standard deviations of the mean of 8,192 draws.
     assert abs((y == 0).mean() - 0.25) < 5 * (0.25 * 0.75 / y.size) ** 0.5
 
 
-def test_dropout_belongs_to_the_global_row_however_the_batch_is_split():
-    whole = drop(range(6))
-    np.testing.assert_array_equal(whole[3:], drop([3, 4, 5]))
-    np.testing.assert_array_equal(whole[::2], drop([0, 2, 4]))
-    assert not np.array_equal(whole[0], whole[1])
+def test_dropout_belongs_to_the_global_token_however_the_batch_is_split():
+    whole = drop(PLACES)
+    np.testing.assert_array_equal(whole[3:], drop(PLACES[3:]))
+    np.testing.assert_array_equal(whole[::2, 5::3], drop(PLACES[::2, 5::3]))
+    assert len({row.tobytes() for row in drop(PLACES, width=64).reshape(-1, 64)}) == PLACES.size
+
+
+def test_dropout_finds_the_tokens_dimension():
+    dropout = Dropout(jax.random.key(0), jnp.asarray(PLACES[:2]))
+    x = jnp.ones((2, 3, 64, 8))
+    got = dropout(x, 0.25, 0, token_dim=2)
+    wanted = dropout(jnp.moveaxis(x, 2, 1), 0.25, 0)
+    np.testing.assert_array_equal(got, jnp.moveaxis(wanted, 1, 2))
 
 
 def test_dropout_differs_by_key_layer_and_site():
-    masks = [drop([0]), drop([0], seed=1), drop([0], site=1), drop([0], layer=1)]
+    some = PLACES[:1]
+    masks = [drop(some), drop(some, seed=1), drop(some, site=1), drop(some, layer=1)]
     for i, one in enumerate(masks):
         assert all(not np.array_equal(one, other) for other in masks[:i])
 
 
 def test_no_rate_is_no_dropout():
-    np.testing.assert_array_equal(drop([0, 1], rate=0.0), np.ones((2, 64, 8)))
+    np.testing.assert_array_equal(drop(PLACES, rate=0.0), np.ones((16, 64, 8)))

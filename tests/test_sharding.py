@@ -31,8 +31,9 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 def test_logical_axes_become_mesh_axes():
     assert mesh_axes(("layers", "embed", "mlp")) == P("pp", "fsdp", "tp")
-    assert mesh_axes(("batch", None, "vocab")) == P(("dp", "fsdp"), None, "tp")
-    assert mesh_axes(("batch", "residual_length"), omit=frozenset({"tp", "dp"})) == P("fsdp", "cp")
+    assert mesh_axes(("batch", None, "vocab")) == P(("dp", "fsdp", "ep", "pp"), None, "tp")
+    omit = frozenset({"tp", "dp", "pp"})
+    assert mesh_axes(("batch", "residual_length"), omit=omit) == P(("fsdp", "ep"), "cp")
 
 
 @pytest.mark.parametrize(
@@ -164,17 +165,87 @@ def test_a_batch_is_split_by_rows():
     assert {shard.data.shape for shard in tokens.addressable_shards} == {(6, 24)}
 
 
-MISFITS = [
-    ("tp5", {}, ["model.num_heads=12", "tp=5", "--mesh=tp4"]),
-    ("dp2,tp4", {"num_kv_heads": 6}, ["model.num_kv_heads=6", "tp=4", "--mesh=dp4,tp2"]),
-    ("tp8", {"num_heads": 8, "num_kv_heads": 4, "d_model": 32}, ["num_kv_heads=4", "=dp2,tp4"]),
-    ("dp5", {}, ["train.batch_size=24", "24 rows", "dp x fsdp = 5", "--mesh=dp4"]),
-]
+CP_CONFLICT = {"experts": {"num_experts": 8, "capacity": 1.5}}
+LOCAL = {"layer_pattern": ["local", "global"], "sliding_window": 4}
+DEEP = {"num_layers": 4}
+# What the mesh cannot split, the fields of the config, and what the sentence says.
+MISFITS = {
+    "heads": ("tp5", {}, ["model.num_heads=12", "tp=5: use a multiple of 5", "--mesh=tp4"]),
+    "kv heads": (
+        "dp2,tp4",
+        {"model": {"num_kv_heads": 6}},
+        ["model.num_kv_heads=6", "tp=4", "--mesh=dp4,tp2"],
+    ),
+    "few kv heads": (
+        "tp8",
+        {"model": {"num_heads": 8, "num_kv_heads": 4, "d_model": 32}},
+        ["num_kv_heads=4", "=dp2,tp4"],
+    ),
+    "rows": ("dp5", {}, ["train.batch_size=24", "24 rows", "dp x fsdp x ep = 5", "--mesh=dp4"]),
+    "rows by every axis": (
+        "dp2,fsdp2,ep2",
+        {"model": {"experts": {}}, "train": {"batch_size": 12}},
+        ["train.batch_size=12", "12 rows", "dp x fsdp x ep = 8: use a multiple of 8 rows"],
+    ),
+    "layers": (
+        "pp3,dp2",
+        {},
+        ["model.num_layers=2", "parallel.rounds = 3 x 1 stages: use a multiple of 3", "=pp2,dp3"],
+    ),
+    "layers by rounds": (
+        "pp2",
+        {"model": DEEP, "parallel": {"rounds": 3}},
+        ["model.num_layers=4", "parallel.rounds = 2 x 3 stages: use a multiple of 6", "=dp2"],
+    ),
+    "layers by patterns": (
+        "pp4",
+        {"model": DEEP | LOCAL},
+        ["model.num_layers=4", "= 4 x 1 stages of whole patterns of 2 layers", "8, or", "=pp2,dp2"],
+    ),
+    "sequence": (
+        "cp8",
+        {},
+        ["model.max_seq_len=24", "2 x cp = 16 chunks: use a multiple of 16", "--mesh=dp2,cp4"],
+    ),
+    "experts": (
+        "dp2,ep4",
+        {"model": {"experts": {"num_experts": 6}}},
+        ["num_experts=6 does not divide over ep=4: use a multiple of 4", "--mesh=dp4,ep2"],
+    ),
+    "ep without experts": (
+        "dp2,ep2",
+        {},
+        ["ep=2 splits experts, but the model has none", "--mesh=dp4"],
+    ),
+    "fewer micro-batches than stages": (
+        "pp4",
+        {"model": DEEP, "train": {"accumulation": 8}},
+        ["3 rows on each device", "than pp=4 has stages: use 2 times the train.batch_size"],
+    ),
+    "micro-batches that do not divide": (
+        "pp2,dp2",
+        {"parallel": {"microbatches": 5}},
+        ["parallel.microbatches=5 is no divisor of 12 rows a device: use one of 2, 3, 4, 6, 12"],
+    ),
+    "too few micro-batches": (
+        "pp2",
+        {"parallel": {"microbatches": 1}},
+        ["parallel.microbatches=1 is fewer than pp=2 stages: use one of 2, 3, 4, 6, 8, 12, 24"],
+    ),
+    "capacity": ("dp2,cp2", {"model": CP_CONFLICT}, ["experts.capacity", "cp=2", "--mesh=dp4"]),
+    "attention dropout": (
+        "cp2",
+        {"model": {"attention_dropout": 0.1}},
+        ["cp=2 splits rows", "model.attention_dropout=0.1 needs whole ones", "--mesh=dp2"],
+    ),
+    "attention": ("cp2", {"model": {"attention": "plain"}}, ["model.attention=plain", "=dp2"]),
+}
 
 
-@pytest.mark.parametrize(("mesh", "model", "fragments"), MISFITS, ids=lambda x: str(x)[:30])
-def test_what_a_mesh_cannot_split_names_the_nearest_that_can(mesh, model, fragments):
-    config = tiny_config(model=model)
+@pytest.mark.parametrize("case", MISFITS)
+def test_what_a_mesh_cannot_split_names_the_nearest_that_can(case):
+    mesh, fields, fragments = MISFITS[case]
+    config = tiny_config(**fields)
     with pytest.raises(UserError) as caught:
         check_fits(config, make_mesh(mesh))
     sentence = str(caught.value)
@@ -182,8 +253,73 @@ def test_what_a_mesh_cannot_split_names_the_nearest_that_can(mesh, model, fragme
     check_fits(config, make_mesh(sentence.split("--mesh=")[1]))
 
 
+FITS = {
+    "layers": {"model": {"num_layers": 3}},
+    "layers by rounds": {"model": {"num_layers": 6}, "parallel": {"rounds": 3}},
+    "layers by patterns": {"model": {"num_layers": 8} | LOCAL},
+    "sequence": {"model": {"max_seq_len": 32}},
+    "experts": {"model": {"experts": {"num_experts": 4}}},
+    "fewer micro-batches than stages": {
+        "model": DEEP,
+        "train": {"batch_size": 48, "accumulation": 8},
+    },
+    "micro-batches that do not divide": {"parallel": {"microbatches": 6}},
+    "too few micro-batches": {"parallel": {"microbatches": 2}},
+    "capacity": {"model": {"experts": {"num_experts": 8}}},
+    "attention dropout": {"model": {"dropout": 0.1}},
+}
+
+
+@pytest.mark.parametrize("case", FITS)
+def test_what_a_sentence_advises_fits(case):
+    check_fits(tiny_config(**FITS[case]), make_mesh(MISFITS[case][0]))
+
+
+@pytest.mark.parametrize("case", ["layers", "sequence", "capacity", "rows"])
+def test_decoding_needs_less(case):
+    mesh, fields, _ = MISFITS[case]
+    check_fits(tiny_config(**fields), make_mesh(mesh), training=False)
+
+
+@pytest.mark.parametrize("case", ["heads", "experts", "ep without experts"])
+def test_decoding_too_needs_whole_heads_and_experts(case):
+    mesh, fields, fragments = MISFITS[case]
+    with pytest.raises(UserError) as caught:
+        check_fits(tiny_config(**fields), make_mesh(mesh), training=False)
+    assert fragments[0] in str(caught.value)
+
+
 def test_micro_batches_have_to_be_split_too():
     config = tiny_config(train={"batch_size": 24, "accumulation": 6})
     check_fits(config, make_mesh("dp2,fsdp2,tp2"))
     with pytest.raises(UserError, match=r"accumulation=6 makes micro-batches of 4 rows.*= 8"):
         check_fits(config, make_mesh("dp8"))
+
+
+def test_layers_are_stored_in_the_schedules_order_and_read_in_their_own():
+    mesh = make_mesh("pp2")
+    order = np.array([0, 2, 1, 3])
+    axes = {"w": ("layers", "mlp"), "v": ("mlp",)}
+    tree = {"w": np.arange(12.0).reshape(4, 3), "v": np.arange(4.0)}
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), tree)
+    layout = make_layout(shapes, axes, mesh, order)
+    assert layout.stacked == {"w": True, "v": False}
+    placed = jax.tree.map(
+        lambda x, s: jax.device_put(np.float32(x), s.sharding), tree, layout.exact
+    )
+    stored = layout.to_stored(placed)
+    np.testing.assert_array_equal(stored["w"], tree["w"][order])
+    np.testing.assert_array_equal(stored["v"], tree["v"])
+    # The first device has the first layer of both rounds.
+    np.testing.assert_array_equal(stored["w"].addressable_shards[0].data, tree["w"][[0, 2]])
+    back = layout.to_exact(stored)
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+    assert make_layout(shapes, axes, mesh, np.arange(4)).order is None
+
+
+def test_a_pipeline_splits_what_is_in_no_layer_too():
+    spec = functools.partial(storage_spec, mesh=make_mesh("pp2,fsdp2,tp2"))
+    assert spec((8, 12), ("vocab", "embed")) == P("tp", ("pp", "fsdp"))
+    assert spec((8, 6), ("vocab", "embed")) == P("tp", "fsdp")
+    assert spec((4, 12, 10), ("layers", "embed", "mlp")) == P("pp", "fsdp", "tp")
+    assert spec((4, 12, 10), ("experts", "embed", "mlp")) == P("ep", ("pp", "fsdp"), "tp")

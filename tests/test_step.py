@@ -67,10 +67,14 @@ def test_accumulation_is_the_update_of_the_whole_batch(accumulation, mesh):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_micro_batches_keep_the_rows_global_numbers(count):
+def test_micro_batches_keep_the_tokens_places_in_the_batch(count):
     batch = jax.tree.map(jnp.asarray, random_batch(small_config()))
-    total = accumulate(lambda _, micro, rows: micro.tokens[:, 0] @ rows, None, batch, count)
-    assert total == batch.tokens[:, 0] @ np.arange(8)
+
+    def gradient(_, micro, places):
+        return jnp.sum(micro.tokens * places.astype(jnp.int32))
+
+    total = accumulate(gradient, None, batch, count)
+    assert total == np.sum(np.asarray(batch.tokens).ravel() * np.arange(batch.tokens.size))
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +107,8 @@ class Exploding(Decoder):
     """A model whose loss is finite, but not its gradient: that of sqrt at 0."""
 
     def hidden(self, params, *arguments):
-        hidden = super().hidden(params, *arguments)
-        return hidden + jnp.sqrt(0.0 * params["final_norm"]["scale"])
+        hidden, *others = super().hidden(params, *arguments)
+        return hidden + jnp.sqrt(0.0 * params["final_norm"]["scale"]), *others
 
 
 def test_a_gradient_that_is_not_finite_is_enough(adamw):
@@ -169,7 +173,7 @@ def model_loss():
     params, axes = split_boxes(model.init(jax.random.key(0)))
 
     def loss(params):
-        sums = loss_sums(model, params, batch, config.train, None)
+        sums, _ = loss_sums(model, params, batch, config.train, None)
         return sums.nats / sums.weight
 
     return params, axes, jax.jit(jax.value_and_grad(loss))
@@ -195,6 +199,6 @@ def test_no_type_or_rank_is_promoted_in_silence(preset, dtype, strict):
     model, batch = Decoder(config.model), random_batch(config)
     params, _ = split_boxes(jax.eval_shape(model.init, jax.random.key(0)))
     jax.eval_shape(functools.partial(eval_step, model=model, config=config), params, batch)
-    nats = lambda params: loss_sums(model, params, batch, config.train, None).nats  # noqa: E731
+    nats = lambda params: loss_sums(model, params, batch, config.train, None)[0].nats  # noqa: E731
     gradients = jax.eval_shape(jax.grad(nats), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype("float32")}

@@ -41,6 +41,16 @@ class Schedule:
         """The share of a device's time that it has nothing to do: (S - 1) / (R M + S - 1)."""
         return (self.stages - 1) / self.ticks
 
+    def describe(self, hidden_bytes: int) -> str:
+        """One line on bubble and memory; a device's part of a micro-batch has `hidden_bytes`."""
+        kept = (self.ticks + self.microbatches) * hidden_bytes / 2**20
+        rounds = f" of {self.rounds} rounds" if self.rounds > 1 else ""
+        return (
+            f"pipeline: {self.stages} stages{rounds}, {self.microbatches} micro-batches, bubble "
+            f"{self.bubble:.1%}; for the backward pass a device keeps {self.ticks} inputs and a "
+            f"stream of {self.microbatches}, {kept:,.1f} MiB, and recomputes the rest"
+        )
+
     def order(self, num_layers: int) -> np.ndarray:
         """The layer at each stored place: a device's layers lie together, round after round."""
         layers = np.arange(num_layers).reshape(self.rounds, self.stages, -1)

@@ -24,7 +24,7 @@ FLOORS = [
         "profiling",
     },
     {"sharding"},
-    {"data", "optim", "parallel"},
+    {"data", "optim", "parallel", "picture"},
     {"nn", "losses"},
     {"models"},
     {"tasks", "checkpoint"},

@@ -21,7 +21,7 @@ from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.mesh import batch_shards, enable_compilation_cache, make_mesh
 from jaxlm.model_config import ModelConfig
-from jaxlm.parity import STEPS, TOLERANCE, Measured, Row, compare, measure
+from jaxlm.parity import STEPS, TOLERANCE, Row, compare, measure
 from jaxlm.sharding import check_fits
 
 SHRUNK_VOCABULARY = 1024
@@ -43,19 +43,20 @@ def main(argv: list[str]) -> int:
     options = vars(arguments)
     config = _for_checking(config, _number(options, "width"))
     meshes = _meshes(options.get("meshes"), config)
-    config = _with_rows(config, meshes, _number(options, "rows"))
+    asked, rows = config.train.batch_size, _number(options, "rows")
+    config = _with_rows(config, meshes, rows)
+    say(_batch_line(config.train.batch_size, asked if rows is None else None))
     enable_compilation_cache()
     audited = options.get("collectives", False)
     one = measure(config, _one_device(next(iter(meshes.values()))), "dp1", report=say)
-    runs = [measure(config, mesh, name, audited, say) for name, mesh in meshes.items()]
-    rows = [compare(run, one) for run in runs]
+    rows = [compare(measure(config, m, n, audited, say), one) for n, m in meshes.items()]
     reference = compare(one, one)
     if options.get("json", False):
         print(json.dumps(_as_json(config, reference, rows), indent=2))
     else:
         print(_table(reference, rows))
         if audited:
-            print("\n".join(audit_lines(run) for run in runs))
+            print("\n".join(audit_lines(row) for row in rows))
     wrong = [row for row in rows if row.failures]
     for row in wrong:
         say(f"{row.mesh} is not as one device: {row.failures[0]}")
@@ -193,6 +194,16 @@ def _with_rows(config: Config, meshes: dict[str, Mesh], rows: int | None) -> Con
     raise wrong
 
 
+def _batch_line(rows: int, asked: int | None) -> str:
+    """How many rows there are, and why not as many as `asked`, if that is given."""
+    if asked in (None, rows):
+        return f"batches of {rows} rows"
+    return (
+        f"batches of {rows} rows, the fewest that every mesh splits (train.batch_size={asked}: "
+        f"--rows={asked} takes it)"
+    )
+
+
 def _one_device(mesh: Mesh) -> Mesh:
     sizes = (1,) * len(MESH_AXES)
     types = (AxisType.Auto,) * len(MESH_AXES)
@@ -221,13 +232,13 @@ def _table(reference: Row, rows: list[Row]) -> str:
     return aligned(lines)
 
 
-def audit_lines(run: Measured) -> str:
+def audit_lines(row: Row) -> str:
     """What a compiled step sends, as a table."""
     lines = [["collective", "axes", "count", "bytes"]]
-    for row in run.traffic:
-        mark = "" if row.is_exact else " or more"
-        lines.append([row.kind, ",".join(row.axes), f"{row.count:,}{mark}", f"{row.bytes:,}"])
-    return f"\n{run.mesh}: sent by one step, for one device\n{aligned(lines)}"
+    for sent in row.collectives:
+        count = f"{sent.count:,}" + ("" if sent.is_exact else " (loops of unknown length)")
+        lines.append([sent.kind, ",".join(sent.axes), count, f"{sent.bytes:,}"])
+    return f"\n{row.mesh}: sent by one step, for one device\n{aligned(lines)}"
 
 
 def aligned(lines: list[list[str]]) -> str:

@@ -141,7 +141,8 @@ class Countdown:
         return f"left {_clock(self._seconds * (self._total - step))}"
 
 
-# What an update tells that has no line of its own.
+_FIRST = ("loss", "learning_rate", "grad_norm")
+# What an update tells beside its metrics.
 _COUNTS = ("targets", "skipped", "skipped_in_row")
 
 
@@ -196,10 +197,11 @@ class Meter:
             self._check(step, int(row["skipped_in_row"]))
 
     def _line(self, step: int, row: dict, seconds: float) -> dict[str, float]:
+        others = set(row) - {*_FIRST, *_COUNTS}
         line = {
             "step": step,
             "tokens": step * self._tokens_per_step,
-            **{name: float(value) for name, value in row.items() if name not in _COUNTS},
+            **{name: float(row[name]) for name in _FIRST + tuple(sorted(others))},
             "tokens_per_second": self._tokens_per_step / seconds,
             "step_seconds": seconds,
         }

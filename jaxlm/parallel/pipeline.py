@@ -18,8 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxlm.errors import nearest_divisor
-
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -60,13 +58,14 @@ class Schedule:
 def make_schedule(stages: int, rounds: int, microbatches: int | None, rows: int) -> Schedule:
     """The schedule for `rows` rows on each device that shares a batch.
 
-    `microbatches` None takes the divisor of the rows nearest to two per stage.
+    `microbatches` None takes, of the divisors of the rows that keep all stages busy, the one
+    nearest to two per stage.
     """
     if stages == 1:
         return Schedule()
     if microbatches is None:
-        microbatches = nearest_divisor(rows, 2 * stages)
-        microbatches = microbatches if microbatches >= stages else rows
+        choices = [n for n in range(min(stages, rows), rows + 1) if rows % n == 0]
+        microbatches = min(choices, key=lambda n: abs(n - 2 * stages))
     return Schedule(stages, microbatches, rounds)
 
 

@@ -80,7 +80,7 @@ def numbers(run: Path) -> dict[tuple[int, str], float]:
 
 
 def test_two_then_four_then_one_are_as_one(small_run, tmp_path):
-    """Stopped through any one of its processes, continued by another number of them."""
+    """Stopped through any one of its processes, continued by another number on another mesh."""
     settings = {"train__steps": STEPS, "checkpoint__every_steps": 5, "mesh": MESH}
     settings["train__eval_every"] = 15
     sampling = {"train__sample_prompt": "a", "train__sample_tokens": 3}
@@ -88,8 +88,12 @@ def test_two_then_four_then_one_are_as_one(small_run, tmp_path):
     assert alone.finish() == [0], alone.text()
     expected, samples = re.findall(SAMPLE, alone.text()), []
     run = tmp_path / "run"
-    for count, step, number, victim in ((2, 15, signal.SIGTERM, 1), (4, 30, signal.SIGUSR1, 3)):
+    for count, step, number, victim, mesh in (
+        (2, 15, signal.SIGTERM, 1, "pp2,cp2,dp2"),
+        (4, 30, signal.SIGUSR1, 3, MESH),
+    ):
         # A sample in two processes is enough; compiling for it takes long.
+        settings["mesh"] = mesh
         arguments = small_run(**settings, **(sampling if count == 2 else {}), out=run)
         group = Processes(tmp_path, count, arguments)
         group.wait_for_step(run, step)

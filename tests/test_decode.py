@@ -106,7 +106,7 @@ def test_a_mesh_generates_and_scores_the_same(mesh):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", ["pp2", "cp2", "pp2,dp2", "cp2,fsdp2,tp2"])
+@pytest.mark.parametrize("mesh", ["pp2,dp2", "cp2,fsdp2,tp2"])
 def test_a_training_mesh_is_folded_for_decoding(mesh):
     assert generate(PROMPTS, WARM, mesh, seed=5) == generate(PROMPTS, WARM, seed=5)
     program, params = program_and_params(mesh)
@@ -118,9 +118,10 @@ def test_a_training_mesh_is_folded_for_decoding(mesh):
 
 @functools.cache
 def greedy_of_a_run(mesh: str, rounds: int = 1, experts: bool = False):
-    """Greedy tokens of the initial parameters of a run of four layers, as the run stores them."""
+    """Greedy tokens of the initial parameters of a run, as the run stores them."""
     config = tiny_config(
-        model={"max_seq_len": 64, "num_layers": 4, "experts": {"d_ff": 21} if experts else None},
+        model={"max_seq_len": 64, "num_layers": 2 if experts else 4}
+        | ({"experts": {"d_ff": 21}} if experts else {}),
         parallel={"rounds": rounds},
     )
     mesh = make_mesh(mesh)
@@ -130,18 +131,20 @@ def greedy_of_a_run(mesh: str, rounds: int = 1, experts: bool = False):
     return list(program.generate(params, PROMPTS, **options))[-1]
 
 
-@pytest.mark.parametrize("mesh", ["pp2", "pp2,dp2"])
+@pytest.mark.parametrize("mesh", ["pp2", pytest.param("pp2,dp2", marks=pytest.mark.slow)])
 def test_rounds_of_a_pipeline_are_decoded_in_the_layers_order(mesh):
     made = greedy_of_a_run(mesh, rounds=2)
     assert made == greedy_of_a_run("dp1")
     assert len({tuple(text) for text in made}) == len(made)
 
 
-@pytest.mark.parametrize("mesh", ["ep2", "pp2,ep2", "ep2,cp2,dp2"])
+@pytest.mark.parametrize(
+    "mesh", ["pp2,ep2", *(pytest.param(m, marks=pytest.mark.slow) for m in ("ep2", "ep2,cp2,dp2"))]
+)
 def test_experts_are_decoded_on_any_mesh(mesh):
     made = greedy_of_a_run(mesh, experts=True)
     assert made == greedy_of_a_run("dp1", experts=True)
-    assert made != greedy_of_a_run("dp1")
+    assert len({tuple(text) for text in made}) == len(made)
 
 
 def test_chunks_are_the_whole_in_pieces():

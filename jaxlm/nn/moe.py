@@ -73,7 +73,7 @@ class Experts(nn.Module):
             y_btd, dropped_bt = run_experts(
                 self._apply_experts, kernels, axes, x_btd, chosen_btk, weights_btk, capacity
             )
-        sums["dropped"] = jnp.sum(dropped_bt * is_token_bt).astype(jnp.float32)
+        sums["dropped"] = jnp.sum(dropped_bt, where=is_token_bt).astype(jnp.float32)
         if e.d_shared:
             shared = dataclasses.replace(c, d_ff=e.d_shared)
             y_btd = y_btd + MLP(shared, self.dtype, name="shared")(x_btd)

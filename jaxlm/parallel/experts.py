@@ -119,7 +119,7 @@ def _places(chosen_btk, capacity: int, kernels, ep: int):
     batch = chosen_btk.shape[0]
     flat = chosen_btk.reshape(batch, -1)
     is_chosen = flat[:, :, None] == jnp.arange(_num_experts(kernels) * ep)[None, None, :]
-    before = jnp.cumsum(is_chosen, axis=1, dtype=jnp.int32) - is_chosen
+    before = jnp.cumsum(is_chosen, axis=1, dtype=jnp.int32) - is_chosen.astype(jnp.int32)
     rank = jnp.sum(jnp.where(is_chosen, before, 0), axis=2)
     return jnp.where(rank < capacity, flat * capacity + rank, -1).reshape(chosen_btk.shape)
 

@@ -9,6 +9,7 @@ print(jaxlm.score(model, "import numpy as np").logprob)
 
 import importlib
 import itertools
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -25,6 +26,9 @@ _is_command = any(
     option == "-m" and module.startswith(f"{__name__}.")
     for option, module in itertools.pairwise(sys.orig_argv)
 )
+if _is_command:
+    # XLA's C++ warns, in the middle of a run's lines, of what a user cannot change. 0 shows all.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

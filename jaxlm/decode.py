@@ -300,8 +300,15 @@ def build_decode_program(model, mesh: Mesh) -> DecodeProgram:
         # The same parts on the same devices, which the folded mesh lists in another order.
         return jax.device_put(compiled(params), layout.shardings)
 
-    model = dataclasses.replace(model, schedule=Schedule())
+    model = dataclasses.replace(model, config=_dropless(model.config), schedule=Schedule())
     return DecodeProgram(model, folded, layout, compiled if folded is mesh else prepare_folded)
+
+
+def _dropless(config):
+    """Experts without a capacity, which would make a row's text depend on the padding around it."""
+    if config.experts is None:
+        return config
+    return dataclasses.replace(config, experts=dataclasses.replace(config.experts, capacity=None))
 
 
 def unfolded(spec: PartitionSpec) -> PartitionSpec:

@@ -87,6 +87,17 @@ def test_a_row_is_the_same_alone_and_in_any_batch(sampling):
         assert generate([prompt], sampling, seed=3) == [made]
 
 
+def test_a_capacity_makes_no_row_depend_on_its_batch():
+    experts = {"d_ff": 21, "capacity": 0.8}
+    config = tiny_config(model={"max_seq_len": 64, "num_layers": 1, "experts": experts})
+    program = build_decode_program(Decoder(config.model), make_mesh("dp1"))
+    params = program.prepare(make_program(config).init().params)
+    text = list(range(20, 34))
+    (alone,) = program.score(params, [text])
+    beside, _ = program.score(params, [text, [1] * 40])
+    np.testing.assert_allclose(alone, beside, rtol=1e-4, atol=1e-4)
+
+
 def test_samples_depend_on_seed_and_sample_id():
     ids = [0, 1, 2, 0]
     made = generate([PROMPTS[0]] * 4, WARM, seed=3, sample_ids=ids)

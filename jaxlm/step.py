@@ -113,21 +113,23 @@ def accumulate(gradient: Callable, params, batch: Batch, count: int):
     """Sum `gradient(params, micro_batch, places)` over `count` micro-batches.
 
     Micro-batch i has rows i, i + count, ...: every device keeps the rows it holds. `places` [B, T]
-    are those of the tokens in the batch. With several micro-batches, each dp replica adds up its
-    own gradients, and they are summed over replicas once.
+    are those of the tokens in the batch. Each dp replica adds up its own gradients, over
+    micro-batches and inside the model, and they are summed over replicas once.
     """
     places = jnp.arange(batch.tokens.size, dtype=jnp.uint32).reshape(batch.tokens.shape)
     batch, places = in_ring_order((batch, places))
-    if count == 1:
-        return gradient(params, batch, places)
     split = lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)  # noqa: E731
     micros = jax.tree.map(split, (batch, places))
 
     def add_up(params, micros):
+        first = jax.tree.map(lambda x: x[0], micros)
+        if count == 1:
+            return gradient(params, *first)
+
         def add(total, micro):
             return jax.tree.map(jnp.add, total, gradient(params, *micro)), None
 
-        shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], micros))
+        shapes = jax.eval_shape(gradient, params, *first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, micros)[0]
 

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxlm.sharding import mesh_axes
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -70,7 +72,7 @@ def make_schedule(stages: int, rounds: int, microbatches: int | None, rows: int)
 
 
 def run_pipeline(stage: Callable, layers, x, rows, schedule: Schedule):
-    """Run `x` [B, ...] through all layers; returns (x, auxiliary sums by layer).
+    """Run `x` [B, T, D] through all layers; returns (x, auxiliary sums by layer).
 
     `stage(layers, x, rows, first)` runs a run of layers, `first` the index of the first, and
     returns (x, a tree of sums, one entry a layer). `layers` is stacked in `schedule.order` and
@@ -82,15 +84,33 @@ def run_pipeline(stage: Callable, layers, x, rows, schedule: Schedule):
     spare = -count % schedule.stages
     x, rows = jax.tree.map(lambda a: _split_rows(a, count), (x, rows))
     x = jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1))
+    share, copies, axes = _stream_specs(x)
     by_stage, everywhere = PartitionSpec("pp"), PartitionSpec()
+    options = {"check_vma": False}
+    x = jax.shard_map(_gather, in_specs=share, out_specs=copies, axis_names=axes, **options)(x)
     x, sums = jax.shard_map(
-        lambda layers, x, rows: _one_device(stage, layers, x, rows, schedule),
+        lambda layers, x, rows: _one_device(stage, layers, x[0], rows, schedule),
         in_specs=(by_stage, by_stage, everywhere),
         out_specs=(by_stage, by_stage),
         axis_names={"pp"},
-        check_vma=False,
+        **options,
     )(layers, x, rows)
+    x = jax.shard_map(_scatter, in_specs=copies, out_specs=share, axis_names=axes, **options)(x)
     return _join_rows(x[:count]), sums
+
+
+def _stream_specs(x):
+    """Specs of the stream [M, B, T, D] as shared out over stages, and as a copy for each of them,
+    and the axes they name: all that split it, or the compiler would gather over the others.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    omit = frozenset({"pp", *mesh.manual_axes})
+    batch, length, _ = mesh_axes(("batch", "residual_length", None), omit=omit)
+    if x.shape[2] % (mesh.shape["cp"] * mesh.shape["tp"]):
+        (length,) = mesh_axes(("length",), omit=omit)
+    named = {a for e in (batch, length) for a in ((e,) if isinstance(e, str) else e or ())}
+    share, copies = (PartitionSpec(*first, batch, length) for first in (("pp",), ("pp", None)))
+    return share, copies, named | {"pp"}
 
 
 def _one_device(stage: Callable, layers, x, rows, schedule: Schedule):
@@ -100,7 +120,7 @@ def _one_device(stage: Callable, layers, x, rows, schedule: Schedule):
     layers = jax.tree.map(lambda p: p.reshape(rounds, -1, *p.shape[1:]), layers)
     run_length = jax.tree.leaves(layers)[0].shape[1]
     # Stage 0 alone reads the stream: inputs at first, then what came round from the last stage.
-    stream = _gather(x)[:count]
+    stream = x[:count]
 
     def work(round_, x, item):
         layers_now, rows_now = _at(layers, round_), _at(rows, item)
@@ -129,10 +149,9 @@ def _one_device(stage: Callable, layers, x, rows, schedule: Schedule):
     start = stream, jnp.zeros_like(stream[0]), sums
     (stream, arriving, sums), _ = jax.lax.scan(tick, start, jnp.arange(schedule.ticks))
     stream = arrive(stream, arriving, schedule.ticks)
-    spare = x.shape[0] * stages - count
-    stream = jnp.pad(stream, [(0, spare)] + [(0, 0)] * (stream.ndim - 1))
+    stream = jnp.pad(stream, [(0, x.shape[0] - count)] + [(0, 0)] * (stream.ndim - 1))
     sums = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sums)
-    return _scatter_from_first(stream, place), sums
+    return stream[None], sums
 
 
 def _split_rows(x, count: int):
@@ -152,13 +171,14 @@ def _at(tree, index):
 
 
 def _gather(x):
+    """All stages' shares."""
     wide = x.astype(_wide(x.dtype))
-    return jax.lax.all_gather(wide, "pp", axis=0, tiled=True).astype(x.dtype)
+    return jax.lax.all_gather(wide, "pp", axis=0, tiled=True).astype(x.dtype)[None]
 
 
-def _scatter_from_first(x, place):
+def _scatter(x):
     """Each stage's share of what stage 0 holds."""
-    mine = jnp.where(place == 0, x, 0).astype(_wide(x.dtype))
+    mine = jnp.where(jax.lax.axis_index("pp") == 0, x[0], 0).astype(_wide(x.dtype))
     return jax.lax.psum_scatter(mine, "pp", scatter_dimension=0, tiled=True).astype(x.dtype)
 
 

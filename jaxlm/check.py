@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -21,8 +22,10 @@ from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.mesh import batch_shards, enable_compilation_cache, make_mesh
 from jaxlm.model_config import ModelConfig
+from jaxlm.models.decoder import Decoder
 from jaxlm.parity import STEPS, TOLERANCE, Row, compare, measure
-from jaxlm.sharding import check_fits
+from jaxlm.picture import picture, stack_pictures
+from jaxlm.sharding import check_fits, split_boxes
 
 SHRUNK_VOCABULARY = 1024
 # Of these, those that fit the model. The open axis takes what is left of 8 virtual CPU devices, or
@@ -46,6 +49,9 @@ def main(argv: list[str]) -> int:
     asked, rows = config.train.batch_size, _number(options, "rows")
     config = _with_rows(config, meshes, rows)
     say(_batch_line(config.train.batch_size, asked if rows is None else None))
+    if "draw" in options:
+        _draw(options["draw"], config, list(meshes.values()))
+        return 0
     enable_compilation_cache()
     audited = options.get("collectives", False)
     one = measure(config, _one_device(next(iter(meshes.values()))), "dp1", report=say)
@@ -83,12 +89,28 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="train.batch_size; left out: the fewest rows that all meshes can split",
     )
+    group.add_argument(
+        "--draw",
+        metavar="FILE.svg",
+        help="compute nothing; draw which part of which array each device of the meshes holds",
+    )
     group.add_argument("--json", action="store_true", help="machine-readable output")
     group.add_argument(
         "--collectives",
         action="store_true",
         help="also what each compiled step sends: kind, mesh axes, count, bytes per device",
     )
+
+
+def _draw(path: str, config: Config, meshes: list[Mesh]) -> None:
+    boxed = jax.eval_shape(Decoder(config.model).init, jax.random.key(0))
+    batch = config.train.batch_size, config.model.max_seq_len
+    pictures = [picture(*split_boxes(boxed), batch, mesh) for mesh in meshes]
+    try:
+        Path(path).expanduser().write_text(stack_pictures(pictures), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--draw={path} cannot be written ({error.strerror})") from None
+    say(f"drawn: {path}")
 
 
 def _for_checking(config: Config, width: int | None) -> Config:

@@ -1,5 +1,7 @@
 """XLA's options that overlap collectives with compute: the one place where they are listed."""
 
+import functools
+
 import jax
 
 # The scheduler that starts a transfer early and waits for it late; collectives of a loop (the
@@ -16,5 +18,20 @@ NVIDIA_OVERLAP = {
 
 
 def compiler_options(overlap: bool) -> dict[str, bool] | None:
-    """What `jax.jit(compiler_options=)` gets: on NVIDIA, with `overlap`, the above."""
-    return NVIDIA_OVERLAP if overlap and jax.default_backend() == "gpu" else None
+    """What `jax.jit(compiler_options=)` gets: on NVIDIA, with `overlap`, the above.
+
+    An option that this version of XLA lacks is left out: speed may depend on it, numbers do not.
+    """
+    if not overlap or jax.default_backend() != "gpu":
+        return None
+    return {name: value for name, value in NVIDIA_OVERLAP.items() if is_known(name, value)}
+
+
+@functools.cache
+def is_known(name: str, value: bool) -> bool:
+    """Whether the installed XLA takes an option."""
+    try:
+        jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True

@@ -29,6 +29,13 @@ def test_only_nvidia_and_only_when_asked(backend, overlap, wanted, monkeypatch):
     assert compiler_options(overlap) == wanted
 
 
+def test_an_option_that_xla_lacks_is_left_out(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setitem(NVIDIA_OVERLAP, "xla_gpu_enable_wishful_thinking", True)
+    left = compiler_options(overlap=True)
+    assert left == {k: v for k, v in NVIDIA_OVERLAP.items() if "wishful" not in k}
+
+
 def test_no_options_on_this_cpu():
     assert jax.default_backend() == "cpu"
     assert compiler_options(overlap=True) is None

@@ -77,6 +77,7 @@ def test_meshes_agree_and_the_table_says_so(capsys):
     assert "8 rows" in err and "compiled" in err
 
 
+@pytest.mark.slow
 def test_json_has_the_numbers(capsys):
     experts = {"model__experts__num_experts": 4, "model__num_layers": 1, "model__dropout": 0.1}
     code, found, err = checked(capsys, "ep2,tp2", optim__name="adamw", **experts)

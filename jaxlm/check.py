@@ -103,6 +103,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _draw(path: str, config: Config, meshes: list[Mesh]) -> None:
+    if not path.endswith(".svg"):
+        raise UserError(f"--draw={path} is not the name of an SVG file: give one such as mesh.svg")
     boxed = jax.eval_shape(Decoder(config.model).init, jax.random.key(0))
     batch = config.train.batch_size, config.model.max_seq_len
     pictures = [picture(*split_boxes(boxed), batch, mesh) for mesh in meshes]
@@ -221,8 +223,8 @@ def _batch_line(rows: int, asked: int | None) -> str:
     if asked in (None, rows):
         return f"batches of {rows} rows"
     return (
-        f"batches of {rows} rows, the fewest that every mesh splits (train.batch_size={asked}: "
-        f"--rows={asked} takes it)"
+        f"batches of {rows} rows, the fewest that every mesh splits, not train.batch_size={asked}; "
+        f"for those, if the meshes split them, give --rows={asked}"
     )
 
 

@@ -47,7 +47,7 @@ def make_mesh(
         )
         raise UserError(
             f"mesh={text!r} has {total} devices, which do not divide over {processes} processes: "
-            f"use {nearest}"
+            f"start a number of them that divides it, or use {nearest}"
         )
     if on_cpu and len(devices) < total:
         raise UserError(

@@ -162,7 +162,7 @@ def make_layout(logical, axes, mesh: Mesh, order: np.ndarray | None = None) -> L
     stored, exact, replicated = [], [], []
     for (path, leaf), leaf_axes in zip(leaves, all_axes, strict=True):
         spec = storage_spec(leaf.shape, leaf_axes, mesh)
-        if mesh.shape["fsdp"] > 1 and leaf_axes and "fsdp" not in _flat(spec):
+        if mesh.shape["fsdp"] > 1 and leaf_axes and "fsdp" not in axes_of(spec):
             replicated.append(f"{path_name(path)} {leaf.shape}")
         sizes = [math.prod(mesh.shape[a] for a in _names(entry)) for entry in spec]
         shape = tuple(-(-n // size) * size for n, size in zip(leaf.shape, sizes, strict=True))
@@ -346,8 +346,9 @@ def _names(entry) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def _flat(spec: PartitionSpec) -> list[str]:
-    return [axis for entry in spec for axis in _names(entry)]
+def axes_of(spec: PartitionSpec) -> set[str]:
+    """The mesh axes that a spec names."""
+    return {axis for entry in spec for axis in _names(entry)}
 
 
 def _pad(x, target):

@@ -57,13 +57,13 @@ def main(argv: list[str]) -> int:
 def _train(config: Config, group: Group, profiled: range) -> int:
     say = _say if group.is_first else _say_nothing
     mesh = make_mesh(config.mesh, say, group.count)
+    check_fits(config, mesh)
     enable_compilation_cache()
     if group.count > 1 and mesh.devices.flat[0].platform == "cpu":
         hush_gloo()
     group.check_same({k: v for k, v in flatten(config).items() if k not in MAY_DIFFER})
     prepared = prepare_together(group, config.data, config.tokenizer, say)
     config = with_vocabulary(config, prepared.tokenizer)
-    check_fits(config, mesh)
     with claimed(Path(config.out), config, prepared, group):
         trainer = Trainer(config, mesh, prepared, group, profiled, say)
         with trainer:

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
 from jaxlm.model_config import ModelConfig, RopeScaling
-from jaxlm.sharding import constrain, mesh_axes, with_axes
+from jaxlm.parallel.lookup import lookup
+from jaxlm.sharding import constrain, with_axes
 
 # Dropout's sites in a block: each draws its own mask.
 EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT = range(4)
@@ -92,22 +92,9 @@ class Embed(nn.Module):
         self.embedding = self.param("embedding", with_axes(init, (self.axis, "embed")), shape)
 
     def __call__(self, ids):
-        table = constrain(self.embedding, self.axis, None)
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or self.is_initializing():
-            return table[ids].astype(self.dtype)
-        # Each device looks its own tokens up: left to itself, the compiler gathers the gradients
-        # of all tokens instead of adding up those of tables.
-        omit = frozenset({"pp", *mesh.manual_axes})
-        batch, length = mesh_axes(("batch", "length"), omit=omit)
-        found = jax.shard_map(
-            lambda table, ids: table[ids],
-            in_specs=(PartitionSpec(), PartitionSpec(batch, length)),
-            out_specs=PartitionSpec(batch, length),
-            axis_names={"dp", "fsdp", "ep", "cp"} - omit,
-            check_vma=False,
-        )(table, ids)
-        return found.astype(self.dtype)
+        if self.is_initializing():  # on one token, which no mesh splits
+            return self.embedding.astype(self.dtype)[ids]
+        return lookup(self.embedding, ids, self.axis).astype(self.dtype)
 
 
 class MLP(nn.Module):

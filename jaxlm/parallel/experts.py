@@ -16,13 +16,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlm.sharding import mesh_axes
+from jaxlm.parallel import summable
+from jaxlm.sharding import axes_of, mesh_axes
 
 
 def run_experts(
     apply: Callable, kernels, axes, x_btd, chosen_btk, weights_btk, capacity: int | None
 ):
     """Send each token of `x` [B, T, D] to its `chosen` experts, k ids a token, and add up what they
+    return by `weights`; returns ([B, T, D], assignments dropped of each token [B, T], int32).
 
     `apply(kernels, rows, sizes)` is the experts a device holds: on `rows` [R, D] sorted by expert
     with `sizes` rows each (int32 [E]; rows behind their sum are padding), or, with `sizes` None,
@@ -37,7 +39,7 @@ def run_experts(
     specs = jax.tree.map(
         lambda p, names: _kernel_spec(p.shape, names, mesh.shape["fsdp"], manual), kernels, axes
     )
-    named = {axis for spec in (tokens, PartitionSpec(("fsdp", "ep"))) for axis in _axes_of(spec)}
+    named = axes_of(tokens) | {"fsdp", "ep"}
 
     def on_device(kernels, x, chosen, weights):
         kernels = jax.tree.map(_gather_width, kernels, specs)
@@ -57,10 +59,6 @@ def _kernel_spec(shape, names, fsdp: int, manual: frozenset) -> PartitionSpec:
     split = lambda n, name: name == "embed" and n % fsdp == 0 and "fsdp" not in manual  # noqa: E731
     widths = ["fsdp" if split(n, name) else None for n, name in zip(shape, names, strict=True)]
     return PartitionSpec("ep", *widths[1:])
-
-
-def _axes_of(spec: PartitionSpec) -> set[str]:
-    return {a for entry in spec for a in ((entry,) if isinstance(entry, str) else entry or ())}
 
 
 def _gather_width(kernel, spec: PartitionSpec):
@@ -107,7 +105,7 @@ def _dropless(apply: Callable, kernels, x_nd, chosen_nk, weights_nk, ep: int):
     out_nd = jnp.einsum("nkd,nk->nd", out_nkd, weights_nk.astype(out_nkd.dtype))
     if ep == 1:
         return out_nd
-    wide = out_nd.astype(_wide(out_nd.dtype))
+    wide = out_nd.astype(summable(out_nd.dtype))
     return jax.lax.psum_scatter(wide, "ep", scatter_dimension=0, tiled=True)
 
 
@@ -196,10 +194,5 @@ def _num_experts(kernels) -> int:
 
 
 def _gather(x, axis: str, dim: int):
-    wide = x.astype(_wide(x.dtype))
+    wide = x.astype(summable(x.dtype))
     return jax.lax.all_gather(wide, axis, axis=dim, tiled=True).astype(x.dtype)
-
-
-def _wide(dtype):
-    """XLA's CPU compiler cannot sum bfloat16 inside a shard_map; gathers are summed backward."""
-    return jnp.float32 if jax.default_backend() == "cpu" else dtype

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxlm.sharding import mesh_axes
+from jaxlm.parallel import summable
+from jaxlm.sharding import axes_of, mesh_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +109,8 @@ def _stream_specs(x):
     batch, length, _ = mesh_axes(("batch", "residual_length", None), omit=omit)
     if x.shape[2] % (mesh.shape["cp"] * mesh.shape["tp"]):
         (length,) = mesh_axes(("length",), omit=omit)
-    named = {a for e in (batch, length) for a in ((e,) if isinstance(e, str) else e or ())}
     share, copies = (PartitionSpec(*first, batch, length) for first in (("pp",), ("pp", None)))
-    return share, copies, named | {"pp"}
+    return share, copies, axes_of(share)
 
 
 def _one_device(stage: Callable, layers, x, rows, schedule: Schedule):
@@ -172,16 +172,11 @@ def _at(tree, index):
 
 def _gather(x):
     """All stages' shares."""
-    wide = x.astype(_wide(x.dtype))
+    wide = x.astype(summable(x.dtype))
     return jax.lax.all_gather(wide, "pp", axis=0, tiled=True).astype(x.dtype)[None]
 
 
 def _scatter(x):
     """Each stage's share of what stage 0 holds."""
-    mine = jnp.where(jax.lax.axis_index("pp") == 0, x[0], 0).astype(_wide(x.dtype))
+    mine = jnp.where(jax.lax.axis_index("pp") == 0, x[0], 0).astype(summable(x.dtype))
     return jax.lax.psum_scatter(mine, "pp", scatter_dimension=0, tiled=True).astype(x.dtype)
-
-
-def _wide(dtype):
-    """XLA's CPU compiler cannot sum bfloat16 inside a shard_map."""
-    return jnp.float32 if jax.default_backend() == "cpu" else dtype

@@ -97,7 +97,7 @@ def test_two_then_four_then_one_are_as_one(small_run, tmp_path):
         settings["mesh"] = mesh
         arguments = small_run(**settings, **(sampling if count == 2 else {}), out=run)
         group = Processes(tmp_path, count, arguments)
-        group.wait_for_step(run, step)
+        group.wait_for_step(run, step + 1)  # a step later the sample of this one is printed
         group.processes[victim].send_signal(number)
         assert group.finish() == [EXIT_PREEMPTED] * count, group.text()
         stopped = complete_steps(run)[-1]

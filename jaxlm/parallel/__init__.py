@@ -9,3 +9,12 @@ def summable(dtype):
     backward: XLA's CPU compiler crashes on bfloat16 there.
     """
     return jnp.float32 if jax.default_backend() == "cpu" else dtype
+
+
+def is_split(axes) -> bool:
+    """Whether the mesh in force has several devices along any of the `axes`.
+
+    XLA fails on a `shard_map` that sums over axes of one device beside an automatic one of several.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and any(mesh.shape[axis] > 1 for axis in axes)

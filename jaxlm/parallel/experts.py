@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlm.parallel import summable
+from jaxlm.parallel import is_split, summable
 from jaxlm.sharding import axes_of, mesh_axes
 
 
@@ -32,14 +32,14 @@ def run_experts(
     leaves of `axes`. `capacity` is in places per expert and row; None drops nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return _compute(apply, kernels, x_btd, chosen_btk, weights_btk, capacity, 1)
     manual = frozenset(mesh.manual_axes)
     tokens = mesh_axes(("batch", "length", None), omit=manual)
+    named = (axes_of(tokens) | {"fsdp", "ep"}) - manual
+    if not is_split(named):
+        return _compute(apply, kernels, x_btd, chosen_btk, weights_btk, capacity, 1)
     specs = jax.tree.map(
         lambda p, names: _kernel_spec(p.shape, names, mesh.shape["fsdp"], manual), kernels, axes
     )
-    named = axes_of(tokens) | {"fsdp", "ep"}
 
     def on_device(kernels, x, chosen, weights):
         kernels = jax.tree.map(_gather_width, kernels, specs)
@@ -49,7 +49,7 @@ def run_experts(
         on_device,
         in_specs=(specs, tokens, tokens, tokens),
         out_specs=(tokens, PartitionSpec(*tokens[:2])),
-        axis_names=named - manual,
+        axis_names=named,
         check_vma=False,
     )(kernels, x_btd, chosen_btk, weights_btk)
 

@@ -3,6 +3,7 @@
 import jax
 from jax.sharding import PartitionSpec
 
+from jaxlm.parallel import is_split
 from jaxlm.sharding import axes_of, constrain, mesh_axes
 
 
@@ -13,9 +14,9 @@ def lookup(table, ids_bt, axis: str | None):
     tokens instead of adding up those of tables. The sum is made in the table's type.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return table[ids_bt]
     tokens = mesh_axes(("batch", "length"), omit=frozenset({"pp", *mesh.manual_axes}))
+    if not is_split(axes_of(tokens)):
+        return table[ids_bt]
     return jax.shard_map(
         lambda table, ids: table[ids],
         in_specs=(PartitionSpec(), tokens),

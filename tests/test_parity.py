@@ -18,10 +18,16 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # Meshes, and what else the run on them has: two rounds of an interleaved pipeline, accumulation.
 DENSE = ["dp2,fsdp2,tp2", "pp2,dp2,tp2", "cp4,dp2"]
-MORE_DENSE = ["dp8", "fsdp8", "fsdp6", "tp3", "dp2,tp3", "dp2,fsdp2,tp2 muon", "pp4,dp2"]
+MORE_DENSE = ["dp8", "fsdp8", "fsdp6", "tp3", "dp2,tp3", "pp2,tp2", "dp2,fsdp2,tp2 muon", "pp4,dp2"]
 MORE_DENSE += ["pp2,cp2,tp2", "cp2,tp2,dp2", "pp2,fsdp2 rounds", "dp2,pp2,cp2 accumulation"]
 EXPERTS = ["ep2,tp2,dp2 experts"]
-MORE_EXPERTS = ["tp3 experts", "ep4,dp2 experts", "pp2,fsdp2,ep2 experts", "cp2,ep2,fsdp2 experts"]
+MORE_EXPERTS = [
+    "tp3 experts",
+    "pp2,tp2 experts",
+    "ep4,dp2 experts",
+    "pp2,fsdp2,ep2 experts",
+    "cp2,ep2,fsdp2 experts",
+]
 MORE_EXPERTS += ["pp2,ep2,dp2 experts muon", "pp2,ep2 capacity", "ep2,dp2 experts accumulation"]
 MESHES = DENSE + EXPERTS
 MESHES += [pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE_DENSE + MORE_EXPERTS]

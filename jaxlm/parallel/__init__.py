@@ -12,9 +12,10 @@ def summable(dtype):
 
 
 def is_split(axes) -> bool:
-    """Whether the mesh in force has several devices along any of the `axes`.
+    """Whether the mesh in force has several devices along any of the `axes`, or of the manual ones.
 
-    XLA fails on a `shard_map` that sums over axes of one device beside an automatic one of several.
+    Elsewhere a `shard_map` over them is nothing but a way to make XLA fail: it does so on sums over
+    axes of one device beside an automatic axis of several.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and any(mesh.shape[axis] > 1 for axis in axes)
+    return not mesh.empty and any(mesh.shape[axis] > 1 for axis in {*axes, *mesh.manual_axes})

@@ -6,6 +6,7 @@ a file is as exact as its own normalisation lets it be.
 
 import hashlib
 import io
+import itertools
 import json
 import re
 from collections import Counter
@@ -42,6 +43,8 @@ class Tokenizer:
         vocab_size: number of ids, special ones included.
         bos_id: what a document starts with.
         eos_id: what a document ends with, or None.
+        prefix: the ids that the tokenizer's own post-processing puts in front of a text, which
+            `encode` leaves out: [bos_id] for SentencePiece, [] for GPT-2's tokenizer.json.
         model: the model file, byte for byte.
         file_name: what that file is called in a folder.
         fingerprint: SHA-256 of `model`.
@@ -51,6 +54,7 @@ class Tokenizer:
     vocab_size: int
     bos_id: int
     eos_id: int | None
+    prefix: list[int]
     # The bytes each id stands for (none for special ids).
     _bytes: list[bytes]
     # Whether encoding puts a space before the text, for decoding to take away.
@@ -114,6 +118,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError("has no <s> or </s> piece: documents need one of them to start with")
         self.bos_id = bos if bos >= 0 else eos
         self.eos_id = eos if eos >= 0 else None
+        self.prefix = [self.bos_id]
         self._bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
         self._adds_space = self._processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
@@ -151,11 +156,21 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face `tokenizer.json`, with the names of its special tokens."""
+    """A Hugging Face `tokenizer.json`, with the names of its special tokens.
+
+    Attributes:
+        config: the tokenizer_config.json beside it, with the chat template of chat_template.jinja.
+    """
 
     file_name = "tokenizer.json"
 
-    def __init__(self, model: bytes, bos: str | None = None, eos: str | None = None):
+    def __init__(
+        self,
+        model: bytes,
+        bos: str | None = None,
+        eos: str | None = None,
+        config: dict | None = None,
+    ):
         """Raises UserError where neither `bos`, `eos` nor any well-known special token exists."""
         super().__init__(model)
         self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
@@ -173,12 +188,16 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         self.bos_id = vocabulary[self._bos]
         self.eos_id = vocabulary.get(self._eos)
+        self.config = (config or {}) | {"bos_token": self._bos, "eos_token": self._eos}
         self._bytes = self._make_bytes(vocabulary)
         first = self._encode_batch(["a"])[0][:1]
         self._adds_space = bool(first) and self._bytes[first[0]].startswith(b" ")
+        whole = self._tokenizer.encode("a")
+        added = itertools.takewhile(lambda pair: pair[1], zip(whole.ids, whole.special_tokens_mask))
+        self.prefix = [i for i, _ in added]
 
     def __reduce__(self):
-        return HuggingFaceTokenizer, (self.model, self._bos, self._eos)
+        return HuggingFaceTokenizer, (self.model, self._bos, self._eos, self.config)
 
     def _make_bytes(self, vocabulary: dict[str, int]) -> list[bytes]:
         decoders = _decoder_types(json.loads(self.model)["decoder"])
@@ -208,10 +227,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return [encoding.ids for encoding in encodings]
 
     def save(self, folder: str | Path) -> None:
-        """Also writes the names of the special tokens, which tokenizer.json does not hold."""
+        """Also writes `config`: tokenizer.json does not name the special tokens."""
         super().save(folder)
-        names = {"bos_token": self._bos, "eos_token": self._eos}
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
+        text = json.dumps(self.config, indent=2) + "\n"
+        (Path(folder) / "tokenizer_config.json").write_text(text)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -233,7 +252,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if file.suffix == ".model":
             return SentencePieceTokenizer(model)
         if file.suffix == ".json":
-            return HuggingFaceTokenizer(model, *_special_names(file))
+            config = _read_config(file)
+            return HuggingFaceTokenizer(model, *_special_names(config), config)
     except UserError as error:
         raise UserError(f"the tokenizer {file} {error}") from error
     except Exception as error:  # `tokenizers` raises bare Exception
@@ -329,10 +349,17 @@ def _check_unicode(text: str) -> None:
         ) from error
 
 
-def _special_names(file: Path) -> list[str | None]:
-    """The begin and end tokens that a tokenizer_config.json beside `file` names."""
+def _read_config(file: Path) -> dict:
+    """The tokenizer_config.json beside `file`, with the text of chat_template.jinja."""
     config_file = file.with_name("tokenizer_config.json")
     config = json.loads(config_file.read_bytes()) if config_file.is_file() else {}
+    template = file.with_name("chat_template.jinja")
+    if template.is_file():
+        return config | {"chat_template": template.read_text("utf-8")}
+    return config
+
+
+def _special_names(config: dict) -> list[str | None]:
     names = [config.get("bos_token"), config.get("eos_token")]
     return [name["content"] if isinstance(name, dict) else name for name in names]
 

@@ -1,0 +1,259 @@
+"""Tokenizer files that `transformers.AutoTokenizer` reads with the ids that jaxlm gives.
+
+What stands in front of a text is the begin token, always; a text that spells a special token
+stays text. Pieces of SentencePiece are written with spaces in the place of U+2581, so that this
+character, which SentencePiece cannot tell from a space, is spelt in its bytes as in `encode`.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from jaxlm.errors import UserError
+from jaxlm.tokenizer import INNER_SPACE, SPACE_MARK, HuggingFaceTokenizer, Tokenizer
+
+# Before the first space of a gap, as the tokenizer's own stretches end.
+WORDS = " *[^ ]+| +"
+# At both ends and inside, as SentencePiece removes extra whitespace.
+EXTRA_SPACES = rf"\A +| +(?= )|[ {SPACE_MARK}]+\z"
+# SentencePiece's score in a unigram model for a symbol that the user has defined.
+DEFINED_SCORE = -0.1
+Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+TEXT_TYPES = (Piece.NORMAL, Piece.USER_DEFINED)
+# Which of a foreign tokenizer_config.json's names transformers turns into special tokens.
+SPECIAL_NAMES = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+    """Write what AutoTokenizer needs into `folder`, which exists.
+
+    `AutoTokenizer(text).input_ids` is `[bos_id, *tokenizer.encode(text)]` for every text.
+    `max_length` is the most tokens the model takes. Raises UserError for a tokenizer that a
+    tokenizer.json cannot express.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        spec, config = _begin_in_front(tokenizer), _kept_config(tokenizer)
+    else:
+        (folder / tokenizer.file_name).write_bytes(tokenizer.model)
+        spec, config = _from_sentencepiece(tokenizer)
+    config |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "add_bos_token": True,
+        "add_eos_token": False,
+    }
+    names = {
+        key: config[key] for key in ("bos_token", "eos_token", *SPECIAL_NAMES) if key in config
+    }
+    contents = {
+        "tokenizer.json": spec,
+        "tokenizer_config.json": json.dumps(config, indent=2),
+        "special_tokens_map.json": json.dumps(names, indent=2),
+    }
+    for name, text in contents.items():
+        (folder / name).write_text(text + "\n", "utf-8")
+
+
+def _begin_in_front(tokenizer: HuggingFaceTokenizer) -> str:
+    """Its tokenizer.json, whose post-processing adds the begin token and nothing else."""
+    spec = json.loads(tokenizer.model) | {"truncation": None, "padding": None}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    text = backend.encode("a", add_special_tokens=False).ids
+    if backend.encode("a").ids != [tokenizer.bos_id, *text]:
+        old = spec["post_processor"] or {}
+        parts = old.get("processors", [old])
+        kept = [part for part in parts if part.get("type") == "ByteLevel"]
+        begin = backend.id_to_token(tokenizer.bos_id)
+        backend.post_processor = _template(begin, tokenizer.bos_id)
+        new = json.loads(backend.to_str())["post_processor"]
+        if kept:
+            new = {"type": "Sequence", "processors": [*kept, new]}
+        spec["post_processor"] = new
+    return json.dumps(spec, ensure_ascii=False)
+
+
+def _template(begin: str, begin_id: int) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=[begin, "$A"],
+        pair=[begin, "$A", f"{begin}:1", "$B:1"],
+        special_tokens=[(begin, begin_id)],
+    )
+
+
+def _kept_config(tokenizer: HuggingFaceTokenizer) -> dict:
+    """Its tokenizer_config.json, less what would change ids.
+
+    transformers makes every name it finds a special token, and adds it where it is new.
+    """
+    spec = json.loads(tokenizer.model)
+    special = {token["content"] for token in spec["added_tokens"] if token["special"]}
+    dropped = {"added_tokens_decoder", "auto_map", "backend", "tokenizer_file", "vocab_file"}
+    config = {key: value for key, value in tokenizer.config.items() if key not in dropped}
+
+    def content(name):
+        return name.get("content") if isinstance(name, dict) else name
+
+    for key in SPECIAL_NAMES:
+        config[key] = content(config.get(key))
+    for key in SPECIAL_LISTS:
+        names = config.get(key)
+        names = names.values() if isinstance(names, dict) else names or ()
+        config[key] = [name for name in map(content, names) if name in special]
+    config = {
+        key: value
+        for key, value in config.items()
+        if not (key in SPECIAL_NAMES and value not in special) and value not in (None, [])
+    }
+    pre = spec["pre_tokenizer"] or {}
+    if "add_prefix_space" in pre:
+        config["add_prefix_space"] = pre["add_prefix_space"]
+    else:
+        config.pop("add_prefix_space", None)
+    return config
+
+
+def _from_sentencepiece(tokenizer: Tokenizer) -> tuple[str, dict]:
+    """An equal tokenizer.json, and the names of the special tokens."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
+    _check_expressible(proto)
+    pieces = [(p.piece.replace(SPACE_MARK, " "), p.score, p.type) for p in proto.pieces]
+    bytewise = any(kind == Piece.BYTE for _, _, kind in pieces)
+    is_unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
+    unknown = next(i for i, (_, _, kind) in enumerate(pieces) if kind == Piece.UNKNOWN)
+    if is_unigram:
+        model = models.Unigram(_unigram_scores(pieces), unknown, byte_fallback=bytewise)
+    else:
+        model = models.BPE(
+            vocab={piece: i for i, (piece, _, _) in enumerate(pieces)},
+            merges=list(_merges(pieces)),
+            unk_token=pieces[unknown][0],
+            fuse_unk=True,
+            byte_fallback=bytewise,
+        )
+    backend = tokenizers.Tokenizer(model)
+    marks_are_text = tokenizer._can_cut and bool(tokenizer._mark_ids)
+    steps = _normalizers(proto.normalizer_spec, marks_are_text)
+    if steps:
+        backend.normalizer = normalizers.Sequence(steps)
+    splits = _splits(pieces, is_unigram, bytewise)
+    if splits:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    ends = [decoders.Strip(" ", 1, 0)] if tokenizer._adds_space else []
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *ends])
+    _add_tokens(backend, pieces, is_unigram)
+    begin = pieces[tokenizer.bos_id][0]
+    backend.post_processor = _template(begin, tokenizer.bos_id)
+    names = {"bos_token": begin, "unk_token": pieces[unknown][0]}
+    if tokenizer.eos_id is not None:
+        names["eos_token"] = pieces[tokenizer.eos_id][0]
+    return backend.to_str(), names
+
+
+def _check_expressible(proto) -> None:
+    kinds = proto.trainer_spec
+    if kinds.model_type not in (kinds.UNIGRAM, kinds.BPE, kinds.CHAR):
+        raise UserError(
+            "a SentencePiece model of words cannot be exported: use one of kind unigram or bpe"
+        )
+    if kinds.treat_whitespace_as_suffix:
+        raise UserError(
+            "a SentencePiece model with treat_whitespace_as_suffix cannot be exported: use one "
+            "whose pieces have their space in front"
+        )
+    if len({p.piece.replace(SPACE_MARK, " ") for p in proto.pieces}) < len(proto.pieces):
+        raise UserError(
+            "a SentencePiece model with the same piece once with a space and once with U+2581 "
+            "cannot be exported: remove one of them"
+        )
+
+
+def _normalizers(spec, marks_are_text: bool) -> list[normalizers.Normalizer]:
+    """What SentencePiece does to a text, in its order, with spaces for U+2581."""
+    steps = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(tokenizers.Regex(EXTRA_SPACES), ""))
+    if not marks_are_text:
+        steps.append(normalizers.Replace(SPACE_MARK, " "))
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(" "))
+    return steps
+
+
+def _unigram_scores(pieces: list[tuple]) -> list[tuple[str, float]]:
+    """Pieces with scores; what is not text costs more than spelling it in any pieces."""
+    worst = min((score for _, score, kind in pieces if kind == Piece.NORMAL), default=0.0)
+    longest = max(len(piece) for piece, _, kind in pieces if kind not in TEXT_TYPES)
+    never = (min(worst, DEFINED_SCORE) - 1) * (longest + 1)
+    defined = {Piece.NORMAL: None, Piece.USER_DEFINED: DEFINED_SCORE}
+    return [
+        (piece, score if kind == Piece.NORMAL else defined.get(kind, never))
+        for piece, score, kind in pieces
+    ]
+
+
+def _merges(pieces: list[tuple]) -> Iterator[tuple[str, str]]:
+    """Every pair that makes a piece, in SentencePiece's order: best score, then leftmost."""
+    scores = {piece: score for piece, score, kind in pieces if kind == Piece.NORMAL}
+    defined = {piece for piece, _, kind in pieces if kind == Piece.USER_DEFINED}
+    for piece in sorted(scores, key=lambda piece: -scores[piece]):
+        for cut in _cuts(piece):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                yield left, right
+    del defined
+
+
+def _cuts(piece: str) -> Iterator[int]:
+    """Where to cut `piece` in two, ordered so that of two overlapping pairs the left one is first.
+
+    Pairs (x, y) and (y, z) that both make `piece` can share y; then the first cut is at |x| and
+    the second at |y|, which sum to its length.
+    """
+    size = len(piece)
+    for short in range(1, size // 2 + 1):
+        long = size - short
+        short_is_left = piece[:long] == piece[short:] and piece[:short] != piece[long:]
+        first, second = (short, long) if short_is_left else (long, short)
+        yield first
+        if first != second:
+            yield second
+
+
+def _splits(pieces: list[tuple], is_unigram: bool, bytewise: bool) -> list:
+    """Cuts that no piece reaches over: at words for speed, and inside spelt-out special tokens."""
+    texts = {piece for piece, _, kind in pieces if kind in TEXT_TYPES}
+    patterns = []
+    inner = INNER_SPACE.pattern.replace(SPACE_MARK, " ")
+    if " " in texts and not any(re.search(inner, piece) for piece in texts):
+        patterns.append(WORDS)
+    spelt = {c for piece, _, kind in pieces if kind not in TEXT_TYPES for c in piece}
+    missing = spelt - texts
+    if is_unigram and missing:
+        # A character without a piece costs more than a special token that has it inside.
+        known = {piece for piece in texts if len(piece) == 1}
+        patterns.append(f"[{_class(missing)}]" if bytewise else f"[^{_class(known)}]+")
+    return [pre_tokenizers.Split(tokenizers.Regex(p), "isolated") for p in patterns]
+
+
+def _class(characters: Iterable[str]) -> str:
+    return "".join(f"\\x{{{ord(c):X}}}" for c in sorted(characters))
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, pieces: list[tuple], is_unigram: bool) -> None:
+    special = [piece for piece, _, kind in pieces if kind in (Piece.CONTROL, Piece.UNKNOWN)]
+    backend.add_special_tokens(special)
+    defined = [piece for piece, _, kind in pieces if kind == Piece.USER_DEFINED]
+    if not is_unigram:
+        plain = [tokenizers.AddedToken(piece, normalized=False, special=False) for piece in defined]
+        backend.add_tokens(plain)

@@ -28,7 +28,7 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     width = c.d_ff
     if c.experts is not None:  # of experts, those that a token goes to
         width = c.experts.top_k * (c.experts.d_ff or c.d_ff) + c.experts.d_shared
-    feed_forward = c.d_model * width * (2 if c.mlp == "gelu" else 3)
+    feed_forward = c.d_model * width * (3 if c.is_gated else 2)
     if c.experts is not None:
         feed_forward += c.d_model * c.experts.num_experts
     weights = c.num_layers * (heads + feed_forward) + c.d_model * c.vocab_size

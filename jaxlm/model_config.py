@@ -103,8 +103,8 @@ class ModelConfig:
     """Width of a head; null: d_model / num_heads."""
     d_ff: Count = 768
     """Width of the feed-forward layer."""
-    mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
-    """Feed-forward: gated by SiLU, gated by GELU, or plain GELU (tanh approximation)."""
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = "swiglu"
+    """Feed-forward: gated by SiLU, gated by GELU, or plain GELU (by a tanh, or exact)."""
     experts: ExpertsConfig | None = None
     """A mixture of experts in place of every feed-forward layer; null: dense layers."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
@@ -115,10 +115,12 @@ class ModelConfig:
     """Added to every RMSNorm scale (Gemma stores scale - 1 and sets 1)."""
     norm_bias: bool = False
     """LayerNorm has a bias."""
-    norm_placement: Literal["pre", "pre_post"] = "pre"
-    """Before each sub-layer, or before and after it (Gemma 2 and 3)."""
-    qk_norm: bool = False
-    """RMSNorm on queries and keys, per head (Qwen 3, Gemma 3)."""
+    norm_placement: Literal["pre", "post", "pre_post"] = "pre"
+    """Before each sub-layer, after it (OLMo 2), or before and after it (Gemma 2 and 3)."""
+    parallel_residual: bool = False
+    """Attention and feed-forward both read the layer's input, and are added together (GPT-NeoX)."""
+    qk_norm: Literal["none", "head", "all"] = "none"
+    """RMSNorm on queries and keys: per head (Qwen 3, Gemma 3), or over all heads (OLMo 2)."""
     qkv_bias: bool = False
     """Bias on query, key and value projections."""
     out_bias: bool = False
@@ -127,6 +129,8 @@ class ModelConfig:
     """Bias in the feed-forward layer."""
     positions: Literal["rotary", "learned", "none"] = "rotary"
     """How the model knows positions."""
+    rotary_fraction: Annotated[Positive, Field(le=1)] = 1.0
+    """Share of a head's features that rotary positions turn, the first ones (GPT-NeoX, Phi-4)."""
     rope_theta: Positive = 10_000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
@@ -180,10 +184,11 @@ class ModelConfig:
                 f"{self.kv_heads}: use {nearest_divisor(self.num_heads, self.kv_heads)}"
                 " key/value heads"
             )
-        if self.positions == "rotary" and self.head_size % 2:
+        if self.positions == "rotary" and (self.rotary_size % 2 or not self.rotary_size):
             raise UserError(
-                f"model.head_dim={self.head_size} is odd, but rotary positions turn pairs of "
-                "features: use an even head_dim, or model.positions=learned"
+                f"model.head_dim={self.head_size} and model.rotary_fraction={self.rotary_fraction} "
+                f"give {self.rotary_size} features to turn, but rotary positions turn pairs: make "
+                "it an even number above 0, or use model.positions=learned"
             )
         if "local" in self.layer_pattern and self.sliding_window is None:
             raise UserError(
@@ -205,12 +210,13 @@ class ModelConfig:
         local = "local" in self.layer_pattern, "a local layer in model.layer_pattern"
         shared = "global" in self.layer_pattern or self.rope_local_theta is None
         base = shared, "a global layer in model.layer_pattern"
-        has_rmsnorm = self.norm == "rmsnorm" or self.qk_norm
+        has_rmsnorm = self.norm == "rmsnorm" or self.qk_norm != "none"
         check_read(
             "model",
             self,
             norm_offset=(has_rmsnorm, "model.norm=rmsnorm"),
             norm_bias=needs("model", self, "norm", "layernorm"),
+            rotary_fraction=rotary,
             rope_theta=base if rotary[0] else rotary,
             rope_scaling=base if rotary[0] else rotary,
             rope_local_theta=local if rotary[0] else rotary,
@@ -226,3 +232,13 @@ class ModelConfig:
     def head_size(self) -> int:
         """Width of a head, resolved."""
         return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def rotary_size(self) -> int:
+        """Features of a head that rotary positions turn."""
+        return int(self.head_size * self.rotary_fraction)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward layer's hidden units are multiplied by a gate."""
+        return self.mlp in ("swiglu", "geglu")

@@ -32,7 +32,7 @@ _QWEN3 = {
     "max_seq_len": 4096,
     "rope_theta": 1e6,
     "norm_eps": 1e-6,
-    "qk_norm": True,
+    "qk_norm": "head",
 }
 _GEMMA = {
     "head_dim": 256,
@@ -51,7 +51,7 @@ _GEMMA2 = _GEMMA | {
 }
 _GEMMA3 = _GEMMA | {
     "norm_placement": "pre_post",
-    "qk_norm": True,
+    "qk_norm": "head",
     "rope_theta": 1e6,
     "rope_local_theta": 10_000.0,
     "layer_pattern": ["local"] * 5 + ["global"],

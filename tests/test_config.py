@@ -102,7 +102,7 @@ def test_wrong_value_is_named(sections, fragments):
 IMPOSSIBLE = [
     ({"model": {"num_heads": 7}}, ["model.d_model=192", "model.num_heads=7"]),
     ({"model": {"num_kv_heads": 3}}, ["num_kv_heads=3", "num_heads=8", "use 2 key/value heads"]),
-    ({"model": {"head_dim": 9}}, ["model.head_dim=9 is odd", "learned"]),
+    ({"model": {"head_dim": 9}}, ["model.head_dim=9 and", "give 9 features to turn", "learned"]),
     ({"model": {"layer_pattern": ["local"]}}, ["model.sliding_window is not set"]),
     ({"model": {"attention": "cudnn", "attention_dropout": 0.1}}, ["cudnn", "attention=auto"]),
     ({"model": {"attention": "xla", "attention_softcap": 5.0}}, ["xla", "attention=auto"]),

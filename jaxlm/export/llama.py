@@ -1,31 +1,43 @@
-"""Llama 1, 2 and 3, as transformers' LlamaForCausalLM stores them."""
+"""Llama and its descendants, as transformers stores them: Mistral, Qwen 2 and 3, OLMo 2, Phi-3."""
 
+import dataclasses
 from typing import Any
 
-from jaxlm.errors import UserError
-from jaxlm.export.table import Family, Setting, Tensor
-from jaxlm.model_config import RopeScaling
+from jaxlm.export import rope, windows
+from jaxlm.export.rope import read_rope, write_rope
+from jaxlm.export.table import Family, Setting, Tensor, check_whole_heads
 
-# Shared by the families that descend from Llama, which differ in their norms.
-BODY = (
+LAYER = "model.layers.{}."
+ENDS = (
     Tensor("model.embed_tokens.weight", "embed/embedding", "vd"),
     Tensor("model.norm.weight", "final_norm/scale", "d"),
     Tensor("lm_head.weight", "head/kernel", "dv->vd"),
-    Tensor("model.layers.{}.input_layernorm.weight", "layers/attention_norm/scale", "d"),
-    Tensor("model.layers.{}.self_attn.q_proj.weight", "layers/attention/q/kernel", "dnh->(nh)d"),
-    Tensor("model.layers.{}.self_attn.k_proj.weight", "layers/attention/k/kernel", "dkh->(kh)d"),
-    Tensor("model.layers.{}.self_attn.v_proj.weight", "layers/attention/v/kernel", "dkh->(kh)d"),
-    Tensor("model.layers.{}.self_attn.q_proj.bias", "layers/attention/q/bias", "nh->(nh)"),
-    Tensor("model.layers.{}.self_attn.k_proj.bias", "layers/attention/k/bias", "kh->(kh)"),
-    Tensor("model.layers.{}.self_attn.v_proj.bias", "layers/attention/v/bias", "kh->(kh)"),
-    Tensor("model.layers.{}.self_attn.o_proj.weight", "layers/attention/out/kernel", "nhd->d(nh)"),
-    Tensor("model.layers.{}.self_attn.o_proj.bias", "layers/attention/out/bias", "d"),
-    Tensor("model.layers.{}.mlp.gate_proj.weight", "layers/mlp/gate/kernel", "df->fd"),
-    Tensor("model.layers.{}.mlp.gate_proj.bias", "layers/mlp/gate/bias", "f"),
-    Tensor("model.layers.{}.mlp.up_proj.weight", "layers/mlp/up/kernel", "df->fd"),
-    Tensor("model.layers.{}.mlp.up_proj.bias", "layers/mlp/up/bias", "f"),
-    Tensor("model.layers.{}.mlp.down_proj.weight", "layers/mlp/down/kernel", "fd->df"),
-    Tensor("model.layers.{}.mlp.down_proj.bias", "layers/mlp/down/bias", "d"),
+)
+ATTENTION = (
+    Tensor(LAYER + "self_attn.q_proj.weight", "layers/attention/q/kernel", "dnh->(nh)d"),
+    Tensor(LAYER + "self_attn.k_proj.weight", "layers/attention/k/kernel", "dkh->(kh)d"),
+    Tensor(LAYER + "self_attn.v_proj.weight", "layers/attention/v/kernel", "dkh->(kh)d"),
+    Tensor(LAYER + "self_attn.q_proj.bias", "layers/attention/q/bias", "nh->(nh)"),
+    Tensor(LAYER + "self_attn.k_proj.bias", "layers/attention/k/bias", "kh->(kh)"),
+    Tensor(LAYER + "self_attn.v_proj.bias", "layers/attention/v/bias", "kh->(kh)"),
+    Tensor(LAYER + "self_attn.o_proj.weight", "layers/attention/out/kernel", "nhd->d(nh)"),
+    Tensor(LAYER + "self_attn.o_proj.bias", "layers/attention/out/bias", "d"),
+)
+MLP = (
+    Tensor(LAYER + "mlp.gate_proj.weight", "layers/mlp/gate/kernel", "df->fd"),
+    Tensor(LAYER + "mlp.gate_proj.bias", "layers/mlp/gate/bias", "f"),
+    Tensor(LAYER + "mlp.up_proj.weight", "layers/mlp/up/kernel", "df->fd"),
+    Tensor(LAYER + "mlp.up_proj.bias", "layers/mlp/up/bias", "f"),
+    Tensor(LAYER + "mlp.down_proj.weight", "layers/mlp/down/kernel", "fd->df"),
+    Tensor(LAYER + "mlp.down_proj.bias", "layers/mlp/down/bias", "d"),
+)
+PRE_NORMS = (
+    Tensor(LAYER + "input_layernorm.weight", "layers/attention_norm/scale", "d"),
+    Tensor(LAYER + "post_attention_layernorm.weight", "layers/mlp_norm/scale", "d"),
+)
+QK_NORMS = (
+    Tensor(LAYER + "self_attn.q_norm.weight", "layers/attention/q_norm/scale", "h"),
+    Tensor(LAYER + "self_attn.k_norm.weight", "layers/attention/k_norm/scale", "h"),
 )
 SIZES = (
     Setting("vocab_size", "vocab_size"),
@@ -37,90 +49,137 @@ SIZES = (
     Setting("head_dim", "head_dim", None),
     Setting("d_ff", "intermediate_size"),
     Setting("norm_eps", "rms_norm_eps", 1e-6),
-    Setting("rope_theta", "rope_theta", 10_000.0),
-    Setting("rope_scaling", "rope_scaling", None),
     Setting("init_std", "initializer_range", 0.02),
+    Setting("attention_dropout", "attention_dropout", 0.0),
 )
+BIAS = (
+    Setting("qkv_bias", "attention_bias", False),
+    Setting("out_bias", "attention_bias", False),
+)
+TIED = Setting("tie_embeddings", "tie_word_embeddings", True)
+UNTIED = Setting("tie_embeddings", "tie_word_embeddings", False)
 
 
-# Kinds of rotary scaling: our field of RopeScaling, their key.
-SCALINGS = {
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_seq_len": "original_max_position_embeddings",
-    },
-}
+def _write_llama(settings: dict[str, Any]) -> dict[str, Any]:
+    check_whole_heads(settings)
+    return write_rope(settings)
 
 
-def read_rope(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with `rope_theta` and `rope_scaling` (a RopeScaling or None) at the top.
-
-    transformers 5 keeps both in `rope_parameters`, transformers 4 beside the rest. Raises
-    UserError for a kind of scaling that the decoder does not offer.
-    """
-    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-    rope = settings | rope | {"original_max_position_embeddings": _trained_length(settings, rope)}
-    if rope.get("partial_rotary_factor") not in (None, 1.0):
-        raise UserError(
-            f"config.json has partial_rotary_factor={rope['partial_rotary_factor']}, but jaxlm "
-            "turns whole heads"
-        )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    scaling = None if kind == "default" else _scaling(kind, rope)
-    return settings | {"rope_theta": rope.get("rope_theta", 10_000.0), "rope_scaling": scaling}
+def _read_mistral(settings: dict[str, Any]) -> dict[str, Any]:
+    return windows.read_all_alike(read_rope(settings))
 
 
-def write_rope(settings: dict[str, Any]) -> dict[str, Any]:
-    """Undo `read_rope`, in the form of transformers 5 and in that of transformers 4."""
-    scaling, rope = settings["rope_scaling"], None
-    if scaling is not None:
-        keys = SCALINGS[scaling.kind].items()
-        rope = {"rope_type": scaling.kind} | {key: getattr(scaling, ours) for ours, key in keys}
-    parameters = {"rope_theta": settings["rope_theta"]} | (rope or {"rope_type": "default"})
-    return settings | {"rope_scaling": rope, "rope_parameters": parameters}
+def _write_mistral(settings: dict[str, Any]) -> dict[str, Any]:
+    return windows.write_all_alike(write_rope(settings))
 
 
-def _scaling(kind: str, rope: dict[str, Any]) -> RopeScaling:
-    keys = SCALINGS.get(kind)
-    if keys is None:
-        raise UserError(
-            f"config.json scales rotary positions by {kind!r}, but jaxlm offers "
-            f"{' and '.join(SCALINGS)}"
-        )
-    missing = [key for key in keys.values() if key not in rope]
-    if missing:
-        raise UserError(f"config.json scales rotary positions by {kind!r} without {missing[0]!r}")
-    return RopeScaling(kind=kind, **{ours: rope[key] for ours, key in keys.items()})
+def _is_local(settings: dict[str, Any], layer: int) -> bool:
+    return settings.get("use_sliding_window", False) and layer >= settings.get(
+        "max_window_layers", 28
+    )
 
 
-def _trained_length(settings: dict[str, Any], rope: dict[str, Any]) -> int:
-    """The context length before scaling; left out, it is the length after it."""
-    length = settings.get("max_position_embeddings", 2048)
-    return rope.get("original_max_position_embeddings", length)
+def read_qwen(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a Qwen; its window is off unless `use_sliding_window` says otherwise."""
+    if not settings.get("use_sliding_window", False) and not settings.get("layer_types"):
+        settings = settings | {"sliding_window": None}
+    return windows.read_layers(read_rope(settings), _is_local)
+
+
+def write_qwen(settings: dict[str, Any]) -> dict[str, Any]:
+    """Undo `read_qwen`."""
+    return windows.write_layers(write_rope(settings))
+
+
+def _read_phi(settings: dict[str, Any]) -> dict[str, Any]:
+    return windows.read_all_alike(read_rope(settings, fraction=1.0))
 
 
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    tensors=(
-        *BODY,
-        Tensor("model.layers.{}.post_attention_layernorm.weight", "layers/mlp_norm/scale", "d"),
-    ),
-    settings=(
-        *SIZES,
-        Setting("tie_embeddings", "tie_word_embeddings", False),
-        Setting("qkv_bias", "attention_bias", False),
-        Setting("out_bias", "attention_bias", False),
-        Setting("mlp_bias", "mlp_bias", False),
-    ),
+    tensors=(*ENDS, *ATTENTION, *MLP, *PRE_NORMS),
+    settings=(*SIZES, *rope.SETTINGS, UNTIED, *BIAS, Setting("mlp_bias", "mlp_bias", False)),
     fixed={"mlp": "swiglu"},
     expected={"hidden_act": "silu"},
     prefix="model.",
     copies={"lm_head.weight": "model.embed_tokens.weight"},
     buffers=r"rotary_emb\.inv_freq$",
     read=read_rope,
+    write=_write_llama,
+)
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    settings=(*SIZES, *rope.SETTINGS, *windows.SETTINGS, UNTIED),
+    read=_read_mistral,
+    write=_write_mistral,
+)
+QWEN2 = dataclasses.replace(
+    LLAMA,
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    settings=(*SIZES, *rope.SETTINGS, *windows.SETTINGS, UNTIED),
+    fixed={"mlp": "swiglu", "qkv_bias": True},
+    read=read_qwen,
+    write=write_qwen,
+)
+QWEN3 = dataclasses.replace(
+    QWEN2,
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    tensors=(*LLAMA.tensors, *QK_NORMS),
+    settings=(*QWEN2.settings, *BIAS),
+    fixed={"mlp": "swiglu", "qk_norm": "head"},
+)
+OLMO2 = dataclasses.replace(
+    LLAMA,
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    tensors=(
+        *ENDS,
+        *ATTENTION,
+        *MLP,
+        Tensor(LAYER + "post_attention_layernorm.weight", "layers/attention_post_norm/scale", "d"),
+        Tensor(LAYER + "post_feedforward_layernorm.weight", "layers/mlp_post_norm/scale", "d"),
+        Tensor(LAYER + "self_attn.q_norm.weight", "layers/attention/q_norm/scale", "nh->(nh)"),
+        Tensor(LAYER + "self_attn.k_norm.weight", "layers/attention/k_norm/scale", "kh->(kh)"),
+    ),
+    settings=(*SIZES, *rope.SETTINGS, UNTIED, *BIAS),
+    fixed={"mlp": "swiglu", "norm_placement": "post", "qk_norm": "all"},
     write=write_rope,
 )
+PHI3 = dataclasses.replace(
+    LLAMA,
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    tensors=(
+        *ENDS,
+        *PRE_NORMS,
+        Tensor(
+            LAYER + "self_attn.qkv_proj.weight",
+            tuple(f"layers/attention/{name}/kernel" for name in "qkv"),
+            "dnh->(+nh)d",
+        ),
+        Tensor(LAYER + "self_attn.o_proj.weight", "layers/attention/out/kernel", "nhd->d(nh)"),
+        Tensor(
+            LAYER + "mlp.gate_up_proj.weight",
+            ("layers/mlp/gate/kernel", "layers/mlp/up/kernel"),
+            "df->+fd",
+        ),
+        Tensor(LAYER + "mlp.down_proj.weight", "layers/mlp/down/kernel", "fd->df"),
+    ),
+    settings=(
+        *SIZES,
+        *rope.SETTINGS,
+        *windows.SETTINGS,
+        UNTIED,
+        Setting("rotary_fraction", "partial_rotary_factor", 1.0),
+        Setting("dropout", "embd_pdrop", 0.0),
+        Setting("dropout", "resid_pdrop", 0.0),
+    ),
+    read=_read_phi,
+    write=_write_mistral,
+)
+DESCENDANTS = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3)

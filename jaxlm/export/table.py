@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from jaxlm.errors import UserError
-from jaxlm.model_config import ModelConfig
+from jaxlm.model_config import ExpertsConfig, ModelConfig
 from jaxlm.models.decoder import Decoder
 from jaxlm.sharding import path_name, split_boxes
 
@@ -25,8 +25,10 @@ UNRECORDED = frozenset(
     {
         *("preset", "dtype", "attention", "stack", "remat", "dropout", "attention_dropout"),
         *("init_mean", "init_std", "scale_residual_init"),
+        *("experts.balance_loss", "experts.router_z_loss", "experts.capacity"),
     }
 )
+EXPERTS = "experts."
 REQUIRED = object()
 
 
@@ -51,17 +53,15 @@ class Tensor:
 
     def to_theirs(self, parts: list[np.ndarray]) -> np.ndarray:
         """Our parameters, one layer's, as their tensor."""
-        split = [part.transpose(self._order) for part in parts]
+        split = [part.transpose(self.order) for part in parts]
         whole = split[0] if len(split) == 1 else np.concatenate(split, self._joined)
         return whole.reshape(self.shape([part.shape for part in parts]))
 
-    def to_ours(self, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-        """Their tensor as our parameters of the given shapes."""
+    def split(self, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+        """Views of their tensor, one for each of our parameters, their dimensions in `order`."""
         split = self._split_shapes(shapes)
         ends = np.cumsum([shape[self._joined] for shape in split])
-        whole = tensor.reshape(self._whole(split))
-        parts = np.split(whole, ends[:-1], self._joined)
-        return [part.transpose(np.argsort(self._order)) for part in parts]
+        return np.split(tensor.reshape(self._whole(split)), ends[:-1], self._joined)
 
     def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
         """The shape of their tensor, for our parameters' shapes."""
@@ -75,7 +75,8 @@ class Tensor:
         return ours, theirs or ours
 
     @property
-    def _order(self) -> tuple[int, ...]:
+    def order(self) -> tuple[int, ...]:
+        """Our dimensions in the order in which theirs have them."""
         ours, theirs = self._spelt
         return tuple(ours.index(letter) for letter in re.sub(r"[()+]", "", theirs))
 
@@ -85,7 +86,7 @@ class Tensor:
         return max(re.sub(r"[()]", "", self._spelt[1]).find("+"), 0)
 
     def _split_shapes(self, shapes):
-        return [tuple(shape[i] for i in self._order) for shape in shapes]
+        return [tuple(shape[i] for i in self.order) for shape in shapes]
 
     def _whole(self, split_shapes) -> tuple[int, ...]:
         whole = list(split_shapes[0])
@@ -129,37 +130,36 @@ class Family:
     write: Callable[[dict], dict] = dict
     """Undoes `read`."""
 
-    def to_theirs(self, params, config: ModelConfig) -> dict[str, np.ndarray]:
-        """Our parameters under their names and in their layout; types are kept.
+    def to_theirs(self, params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+        """Our parameters under their names and in their layout, one tensor at a time.
 
-        Raises UserError for a parameter that the family has no place for.
+        Types are kept. Raises UserError for a parameter that the family has no place for.
         """
-        ours = _by_path(params)
-        rows = self._rows(_shapes(config))
-        tensors = {}
-        for row in rows:
-            parts = [np.asarray(ours[path]) for path in row.parts]
+        ours = by_path(params)
+        for row in self.rows(shapes_of(config)):
+            parts = [ours[path] for path in row.parts]
             for index in _counted(row, parts[0].shape):
-                tensors[row.theirs.format(*index)] = row.to_theirs([part[index] for part in parts])
-        return tensors
+                # One layer of a stack, which is fetched from the devices here.
+                yield (
+                    row.theirs.format(*index),
+                    row.to_theirs([np.asarray(p[index]) for p in parts]),
+                )
 
-    def to_ours(self, tensors: Mapping[str, Any], config: ModelConfig):
-        """Their tensors as our parameters, float32, layers stacked [L, ...].
+    def to_ours(self, tensors: Mapping[str, Any], config: ModelConfig) -> Iterator["Part"]:
+        """Their tensors as parts of our parameters, in the order of the rows.
 
-        Raises UserError for a tensor that is missing, not known, or of another shape.
+        `tensors` are by name, and looked at one after the other. Raises UserError, before the
+        first part, for a tensor that is missing, not known, or of another shape.
         """
-        shapes = _shapes(config)
-        rows = self._rows(shapes)
+        shapes = shapes_of(config)
         tensors = self._canonical(tensors, config)
-        self._check(tensors, rows, shapes)
-        ours = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
-        for row in rows:
+        self._check(tensors, config)
+        for row in self.rows(shapes):
             for index in _counted(row, shapes[row.parts[0]]):
-                tensor = np.asarray(tensors[row.theirs.format(*index)])
-                parts = row.to_ours(tensor, [shapes[path][len(index) :] for path in row.parts])
-                for path, part in zip(row.parts, parts, strict=True):
-                    ours[path][index] = part
-        return _as_tree(ours)
+                ours = [shapes[path][len(index) :] for path in row.parts]
+                views = row.split(np.asarray(tensors[row.theirs.format(*index)]), ours)
+                for path, view in zip(row.parts, views, strict=True):
+                    yield Part(path, index, view, row.order)
 
     def config_to_ours(self, settings: Mapping[str, Any]) -> ModelConfig:
         """Their config.json as a ModelConfig.
@@ -167,14 +167,14 @@ class Family:
         Raises UserError for a setting that is missing or that changes what is computed in a way
         the decoder does not offer.
         """
-        for key, value in self.expected.items():
-            if settings.get(key, value) != value:
-                raise UserError(
-                    f"config.json of a {self.model_type} model has {key}={settings[key]!r}, but "
-                    f"jaxlm computes {key}={value!r} only"
-                )
         try:
             settings = self.read(dict(settings))
+            for key, value in self.expected.items():
+                if settings.get(key, value) != value:
+                    raise UserError(
+                        f"config.json of a {self.model_type} model has {key}={settings[key]!r}, "
+                        f"but jaxlm computes {key}={value!r} only"
+                    )
             fields = dict(self.fixed)
             for row in self.settings:
                 fields[row.ours] = settings.get(row.theirs, row.default)
@@ -182,7 +182,7 @@ class Family:
                     raise UserError(
                         f"config.json of a {self.model_type} model has no {row.theirs!r}"
                     )
-            return ModelConfig(**fields)
+            return ModelConfig(**_nested(fields))
         except ValidationError as error:
             raise UserError(
                 f"config.json of a {self.model_type} model: {_sentence(error)}"
@@ -190,7 +190,8 @@ class Family:
 
     def config_to_theirs(self, config: ModelConfig) -> dict[str, Any]:
         """A ModelConfig as their config.json. Raises UserError for what they cannot express."""
-        self._check_fixed(config)
+        for misfit in self.misfits(config):
+            raise UserError(misfit)
         ours = _resolved(config)
         settings = {"model_type": self.model_type, "architectures": [self.architecture]}
         settings |= self.expected
@@ -207,7 +208,7 @@ class Family:
             written[row.theirs] = row.ours
         return self.write(settings)
 
-    def _rows(self, shapes: Mapping[str, tuple]) -> list[Tensor]:
+    def rows(self, shapes: Mapping[str, tuple]) -> list[Tensor]:
         """The rows that this model has parameters for, which must be all of its parameters."""
         rows = [row for row in self.tensors if row.parts[0] in shapes]
         homeless = shapes.keys() - {path for row in rows for path in row.parts}
@@ -233,13 +234,18 @@ class Family:
                 )
         return tensors
 
-    def _check(self, tensors: Mapping[str, Any], rows: list[Tensor], shapes: Mapping[str, tuple]):
-        """Raise UserError unless the tensors are exactly those of the rows."""
-        wanted = {}
-        for row in rows:
-            for index in _counted(row, shapes[row.parts[0]]):
-                one = [shapes[path][len(index) :] for path in row.parts]
+    def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """The shape of each of their tensors, by name, in the order of `to_theirs`."""
+        ours, wanted = shapes_of(config), {}
+        for row in self.rows(ours):
+            for index in _counted(row, ours[row.parts[0]]):
+                one = [ours[path][len(index) :] for path in row.parts]
                 wanted[row.theirs.format(*index)] = row.shape(one)
+        return wanted
+
+    def _check(self, tensors: Mapping[str, Any], config: ModelConfig):
+        """Raise UserError unless the tensors are exactly those of the rows."""
+        wanted = self.shapes(config)
         missing, extra = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
         if missing or extra:
             sentences = [
@@ -255,19 +261,40 @@ class Family:
                     f"{tuple(tensors[name].shape)}, but its configuration asks for {shape}"
                 )
 
-    def _check_fixed(self, config: ModelConfig):
-        """Raise UserError where a field that the family does not record has another value."""
+    def misfits(self, config: ModelConfig) -> list[str]:
+        """What of a model the family cannot express, a sentence each."""
+        has_experts = any(row.ours.startswith(EXPERTS) for row in self.settings)
+        if has_experts != (config.experts is not None):
+            there = "has none" if has_experts else f"has {config.experts.num_experts}"
+            needed = "records a mixture of experts" if has_experts else "has dense layers"
+            return [f"{self.model_type} {needed}, but the model {there} (model.experts)"]
         free = UNRECORDED | {row.ours for row in self.settings}
         defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+        if has_experts:
+            experts = dataclasses.fields(ExpertsConfig)
+            defaults |= {EXPERTS + f.name: f.default for f in experts}
+            free |= {"experts"}
         implied = {k: v for k, v in (defaults | dict(self.fixed)).items() if k not in free}
-        ours = _resolved(config)
-        theirs = _resolved(config, **implied)
-        for name in implied:
-            if ours[name] != theirs[name]:
-                raise UserError(
-                    f"model.{name}={ours[name]!r} cannot be written as {self.model_type}, which "
-                    f"implies {name}={theirs[name]!r}"
-                )
+        ours, theirs = _resolved(config), _resolved(config, **implied)
+        return [
+            f"model.{name}={ours[name]!r} cannot be written as {self.model_type}, which implies "
+            f"{name}={theirs[name]!r}"
+            for name in implied
+            if ours[name] != theirs[name]
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of one of our parameters, as it lies in a tensor of theirs."""
+
+    path: str
+    index: tuple[int, ...]
+    """Where in the parameter's leading dimensions: empty, (layer,) or (layer, expert)."""
+    view: np.ndarray
+    """The values, in their type; nothing is read from the disk before they are."""
+    order: tuple[int, ...]
+    """Which of our other dimensions each of the view's is."""
 
 
 def _counted(row: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -275,19 +302,21 @@ def _counted(row: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     return np.ndindex(shape[: row.theirs.count("{}")])
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter by its path."""
     params, _ = split_boxes(jax.eval_shape(Decoder(config).init, jax.random.key(0)))
-    return {path: leaf.shape for path, leaf in _by_path(params).items()}
+    return {path: leaf.shape for path, leaf in by_path(params).items()}
 
 
-def _by_path(tree) -> dict[str, Any]:
+def by_path(tree) -> dict[str, Any]:
+    """The leaves of a tree by their paths."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _as_tree(by_path: Mapping[str, Any]) -> dict:
+def as_tree(leaves: Mapping[str, Any]) -> dict:
+    """Undo `by_path`."""
     tree: dict = {}
-    for path, leaf in by_path.items():
+    for path, leaf in leaves.items():
         *parents, name = path.split("/")
         node = tree
         for parent in parents:
@@ -297,11 +326,38 @@ def _as_tree(by_path: Mapping[str, Any]) -> dict:
 
 
 def _resolved(config: ModelConfig, **changes) -> dict[str, Any]:
-    """The fields of a configuration, changed, with heads as they come out."""
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} | changes
+    """The fields of a configuration, changed, with what is null as it comes out.
+
+    Those of a mixture of experts are beside the others, as "experts.top_k".
+    """
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if config.experts is not None:
+        experts = dataclasses.fields(config.experts)
+        fields |= {EXPERTS + f.name: getattr(config.experts, f.name) for f in experts}
+    fields |= changes
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or fields["d_model"] // fields["num_heads"]
+    fields["attention_scale"] = fields["attention_scale"] or fields["head_dim"] ** -0.5
+    if config.experts is not None:
+        fields["experts.d_ff"] = fields["experts.d_ff"] or fields["d_ff"]
     return fields
+
+
+def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `_resolved`'s flattening."""
+    experts = {k.removeprefix(EXPERTS): v for k, v in fields.items() if k.startswith(EXPERTS)}
+    rest = {k: v for k, v in fields.items() if not k.startswith(EXPERTS)}
+    return rest | ({"experts": ExpertsConfig(**experts)} if experts else {})
+
+
+def check_whole_heads(settings: Mapping[str, Any]) -> None:
+    """Raise UserError where transformers would not build a model of these settings."""
+    width, heads = settings["hidden_size"], settings["num_attention_heads"]
+    if width % heads:
+        raise UserError(
+            f"model.d_model={width} is not a multiple of model.num_heads={heads}, which "
+            f"transformers asks of a {settings['model_type']} model whatever its head_dim"
+        )
 
 
 def _sentence(error: ValidationError) -> str:

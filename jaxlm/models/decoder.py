@@ -37,12 +37,14 @@ class Block(nn.Module):
     def __call__(self, x_btd, *, dropout: Dropout | None, places: Places, **attention_inputs):
         """Returns ([B, T, D], auxiliary sums, the cache written to)."""
         c = self.config
-        y = residual_norm(c, "attention_norm")(x_btd)
         y, cache = Attention(c, self.local, self.dtype, name="attention")(
-            y, dropout=dropout, places=places, **attention_inputs
+            self._before(x_btd, "attention_norm"),
+            dropout=dropout,
+            places=places,
+            **attention_inputs,
         )
-        x_btd = self._add(x_btd, y, "attention_post_norm", dropout, ATTENTION_OUTPUT)
-        y = residual_norm(c, "mlp_norm")(x_btd)
+        after = self._add(x_btd, y, "attention_post_norm", dropout, ATTENTION_OUTPUT)
+        y = self._before(x_btd if c.parallel_residual else after, "mlp_norm")
         sums = {}
         if c.experts is None:
             y = MLP(c, self.dtype, name="mlp")(y)
@@ -51,11 +53,19 @@ class Block(nn.Module):
             if places.segments is not None:
                 is_token = places.segments > 0
             y, sums = Experts(c, self.dtype, name="mlp")(y, is_token)
-        return self._add(x_btd, y, "mlp_post_norm", dropout, MLP_OUTPUT), sums, cache
+        return self._add(after, y, "mlp_post_norm", dropout, MLP_OUTPUT), sums, cache
+
+    def _before(self, x_btd, norm: str):
+        """What a sub-layer reads of the residual stream."""
+        return (
+            x_btd
+            if self.config.norm_placement == "post"
+            else residual_norm(self.config, norm)(x_btd)
+        )
 
     def _add(self, x_btd, y_btd, norm: str, dropout: Dropout | None, site: int):
         y_btd = constrain(y_btd, "batch", "residual_length", None)
-        if self.config.norm_placement == "pre_post":
+        if self.config.norm_placement != "pre":
             y_btd = residual_norm(self.config, norm)(y_btd)
         if dropout is not None:
             y_btd = dropout(y_btd, self.config.dropout, site)
@@ -196,7 +206,7 @@ class Decoder:
         c = self.config
         if c.positions != "rotary":
             return None, None
-        positions, size = places.positions, c.head_size
+        positions, size = places.positions, c.rotary_size
         everywhere = rope_angles(positions, size, c.rope_theta, c.rope_scaling)
         if c.rope_local_theta is None:
             return everywhere, everywhere

@@ -183,11 +183,8 @@ class Attention(nn.Module):
         """
         c = self.config
         q, k, v = (self._project(name, x_btd) for name in "qkv")
-        if c.qk_norm:
-            q, k = (
-                Norm("rmsnorm", c.norm_eps, c.norm_offset, axis=None, name=name)(x)
-                for name, x in (("q_norm", q), ("k_norm", k))
-            )
+        if c.qk_norm != "none":
+            q, k = self._norm("q_norm", q, "heads"), self._norm("k_norm", k, "kv_heads")
         if angles is not None:
             q, k = apply_rope(q, angles), apply_rope(k, angles)
         keys = places
@@ -222,6 +219,11 @@ class Attention(nn.Module):
             name="out",
         )(out_btnh)
         return y_btd, cache
+
+    def _norm(self, name: str, x_btnh, axis: str):
+        c = self.config
+        axes = (axis, None) if c.qk_norm == "all" else (None,)
+        return Norm("rmsnorm", c.norm_eps, c.norm_offset, axes=axes, name=name)(x_btnh)
 
     def _project(self, name: str, x_btd):
         c = self.config

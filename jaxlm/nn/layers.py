@@ -44,7 +44,7 @@ class Dense(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm (Zhang and Sennrich, 2019) or LayerNorm (Ba et al., 2016) of the last dimension.
+    """RMSNorm (Zhang and Sennrich, 2019) or LayerNorm (Ba et al., 2016) of the last dimensions.
 
     Computed in float32, returned in the input's type. The RMSNorm scale is stored less
     `offset`, so that checkpoints of families that do so round-trip.
@@ -54,21 +54,23 @@ class Norm(nn.Module):
     eps: float
     offset: float = 0.0
     use_bias: bool = False
-    axis: str | None = "embed"
+    axes: tuple[str | None, ...] = ("embed",)
+    """Logical axes of the dimensions normalised over."""
 
     @nn.compact
     def __call__(self, x):
         offset = self.offset if self.kind == "rmsnorm" else 0.0
-        shape = x.shape[-1:]
-        ones = with_axes(nn.initializers.constant(1.0 - offset), (self.axis,))
+        dims = tuple(range(-len(self.axes), 0))
+        shape = x.shape[dims[0] :]
+        ones = with_axes(nn.initializers.constant(1.0 - offset), self.axes)
         scale = self.param("scale", ones, shape) + offset
         y = x.astype(jnp.float32)
         if self.kind == "layernorm":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+            y = y - y.mean(dims, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), dims, keepdims=True) + self.eps)
         y = y * jnp.broadcast_to(scale, y.shape)
         if self.use_bias:
-            zeros = with_axes(nn.initializers.zeros_init(), (self.axis,))
+            zeros = with_axes(nn.initializers.zeros_init(), self.axes)
             y = y + jnp.broadcast_to(self.param("bias", zeros, shape), y.shape)
         return y.astype(x.dtype)
 
@@ -116,7 +118,7 @@ class MLP(nn.Module):
         }
         up_btf = Dense(**wide, name="up")(x_btd)
         act = activation(c.mlp)
-        if c.mlp == "gelu":
+        if not c.is_gated:
             hidden_btf = act(up_btf)
         else:
             hidden_btf = act(Dense(**wide, name="gate")(x_btd)) * up_btf
@@ -134,7 +136,7 @@ class MLP(nn.Module):
 
 def activation(mlp: str):
     """The function on a feed-forward layer's hidden units, or on their gate."""
-    return nn.silu if mlp == "swiglu" else lambda x: nn.gelu(x, approximate=True)
+    return nn.silu if mlp == "swiglu" else lambda x: nn.gelu(x, approximate=mlp != "gelu_exact")
 
 
 def gaussian(mean: float, std: float):
@@ -152,9 +154,9 @@ def residual_std(config: ModelConfig) -> float:
     return config.init_std * scale
 
 
-def rope_angles(positions_bt, head_dim: int, theta: float, scaling: RopeScaling | None):
-    """Angles [B, T, H/2], float32, of rotary positions (Su et al., 2021)."""
-    inverse = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+def rope_angles(positions_bt, size: int, theta: float, scaling: RopeScaling | None):
+    """Angles [B, T, R/2], float32, of rotary positions of R features (Su et al., 2021)."""
+    inverse = theta ** -(np.arange(0, size, 2, dtype=np.float64) / size)
     if scaling is not None and scaling.kind == "linear":
         inverse = inverse / scaling.factor
     elif scaling is not None:
@@ -172,10 +174,14 @@ def _llama3_scaled(inverse: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def apply_rope(x_btnh, angles_bth):
-    """Turn the pairs (i, i + H/2) of every head by their angles; in float32, returned as `x`."""
-    first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
+    """Turn the pairs (i, i + R/2) of every head's first R features by their angles [B, T, R/2].
+
+    In float32, returned as `x`.
+    """
+    half = angles_bth.shape[-1]
+    first, second, rest = jnp.split(x_btnh.astype(jnp.float32), (half, 2 * half), axis=-1)
     cos, sin = jnp.cos(angles_bth)[:, :, None, :], jnp.sin(angles_bth)[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)
     return turned.astype(x_btnh.dtype)
 
 

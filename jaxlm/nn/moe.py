@@ -82,7 +82,7 @@ class Experts(nn.Module):
     def _kernels(self) -> dict:
         c, e = self.config, self.config.experts
         width = e.d_ff or c.d_ff
-        names = ("up", "down") if c.mlp == "gelu" else ("up", "gate", "down")
+        names = ("up", "gate", "down") if c.is_gated else ("up", "down")
         kernels = {}
         for name in names:
             shape = (width, c.d_model) if name == "down" else (c.d_model, width)

@@ -1,0 +1,50 @@
+"""The families that have a table, and which of them a configuration belongs to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.errors import UserError, nearest
+from jaxlm.export.gemma import GEMMA, GEMMA2, GEMMA3
+from jaxlm.export.gpt import GPT2, GPT_NEOX
+from jaxlm.export.llama import DESCENDANTS
+from jaxlm.export.mixtures import MIXTRAL, QWEN3_MOE
+from jaxlm.export.table import Family
+from jaxlm.model_config import ModelConfig
+
+_ALL = (*DESCENDANTS, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+
+
+def family_of(settings: Mapping[str, Any]) -> Family:
+    """The family that a config.json names. Raises UserError for one without a table."""
+    model_type = settings.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"config.json has model_type={model_type!r}, for which jaxlm has no table"
+            f"{nearest(str(model_type), FAMILIES)} (it has {', '.join(FAMILIES)})"
+        )
+    return FAMILIES[model_type]
+
+
+def family_for(config: ModelConfig, name: str | None = None) -> Family:
+    """The first family that can express a model, or the one called `name`.
+
+    Raises UserError with what keeps the model out of that family, or out of the closest one.
+    """
+    if name is not None:
+        if name not in FAMILIES:
+            raise UserError(
+                f"family {name!r} has no table{nearest(name, FAMILIES)} (jaxlm has "
+                f"{', '.join(FAMILIES)})"
+            )
+        FAMILIES[name].config_to_theirs(config)
+        return FAMILIES[name]
+    refusals = []
+    for family in _ALL:
+        try:
+            family.config_to_theirs(config)
+            return family
+        except UserError as error:
+            refusals.append((max(1, len(family.misfits(config))), str(error)))
+    _, closest = min(refusals, key=lambda refusal: refusal[0])
+    raise UserError(f"no family of transformers can express this model; the closest: {closest}")

@@ -1,0 +1,185 @@
+"""Model folders of Hugging Face transformers: configuration, weights, tokenizer; both ways."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlm.errors import UserError
+from jaxlm.export.families import family_of
+from jaxlm.export.safetensors import read_tensors, write_tensors
+from jaxlm.export.table import Family, as_tree, by_path
+from jaxlm.model_config import ModelConfig
+from jaxlm.tokenizer import Tokenizer, load_tokenizer
+
+SETTINGS = "config.json"
+RUN_CONFIG = "config.yaml"
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a path is a folder of a model from transformers rather than a run."""
+    return (path / SETTINGS).is_file() and not (path / RUN_CONFIG).exists()
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder. Raises UserError where there is none that can be read."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {SETTINGS}: give a folder of a model") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / SETTINGS} cannot be read ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{folder / SETTINGS} should hold a JSON object")
+    if settings.get("quantization_config"):
+        raise UserError(
+            f"{folder} is quantised (quantization_config in its {SETTINGS}): use the checkpoint it "
+            "was made from"
+        )
+    return settings
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """What the model of a folder is. Raises UserError for one that the decoder cannot compute."""
+    settings = read_settings(folder)
+    return family_of(settings).config_to_ours(settings)
+
+
+def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """A folder's tokenizer. Raises UserError for one with more ids than the model has."""
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, but its model's "
+            f"vocabulary only {config.vocab_size}: they do not belong together"
+        )
+    return tokenizer
+
+
+def read_params(folder: Path, config: ModelConfig, targets):
+    """The parameters in a folder, as arrays on the devices.
+
+    `targets` is a tree of ShapeDtypeStruct, in logical shapes and with shardings: the parameters'
+    types and places. Weights are read from the disk one tensor at a time, each device's part of
+    it alone, and turned and cast there. Raises UserError for a folder that does not hold them.
+    """
+    family = family_of(read_settings(folder))
+    targets = by_path(targets)
+    done: dict[str, jax.Array] = {}
+    for part in family.to_ours(read_tensors(folder), config):
+        target = targets[part.path]
+        if not part.index:
+            done[part.path] = _turned(_on_devices(part, target), part.order, target)
+            continue
+        if part.path not in done:
+            done[part.path] = _zeros(target)
+        where = tuple(np.int32(i) for i in part.index)
+        done[part.path] = _written(
+            done[part.path], _on_devices(part, target), where, part.order, target.sharding
+        )
+        # Otherwise the host would read on while the devices are behind, and hold it all.
+        jax.block_until_ready(done[part.path])
+    return as_tree(done)
+
+
+def _on_devices(part, target) -> jax.Array:
+    """A part of a parameter, in their order and type, laid out as the parameter will be."""
+    spec = tuple(target.sharding.spec) + (None,) * len(target.shape)
+    ours = spec[len(part.index) : len(target.shape)]
+    sharding = NamedSharding(target.sharding.mesh, PartitionSpec(*(ours[i] for i in part.order)))
+    return jax.make_array_from_callback(
+        part.view.shape, sharding, lambda where: np.ascontiguousarray(part.view[where])
+    )
+
+
+def _zeros(target) -> jax.Array:
+    make = functools.partial(jnp.zeros, target.shape, target.dtype)
+    return jax.jit(make, out_shardings=target.sharding)()
+
+
+def _turned(values, order: tuple[int, ...], target):
+    turn = lambda x: x.transpose(np.argsort(order)).astype(target.dtype)  # noqa: E731
+    return jax.jit(turn, out_shardings=target.sharding)(values)
+
+
+def _written(whole, values, index, order: tuple[int, ...], sharding):
+    return _writer(order, sharding)(whole, values, index)
+
+
+@functools.cache
+def _writer(order: tuple[int, ...], sharding):
+    def write(whole, values, index):
+        return whole.at[index].set(values.transpose(np.argsort(order)).astype(whole.dtype))
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is exported."""
+
+    name: str
+    config: ModelConfig
+    params: object
+    """Stacked, in logical shapes."""
+    tokenizer: Tokenizer
+    facts: Mapping[str, Any]
+    """Figures for the model card, by name."""
+
+
+def write_model(folder: Path, family: Family, model: Model, dtype: str, file_bytes: int) -> None:
+    """Write a model as transformers would save it, with its tokenizer, into an empty folder.
+
+    `dtype` is "float32", "bfloat16" or "float16". Raises UserError for a model that the family
+    cannot express.
+    """
+    settings = family.config_to_theirs(model.config)
+    ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": model.tokenizer.eos_id}
+    settings |= ids | {"dtype": dtype, "torch_dtype": dtype, "use_cache": True}
+    _write_json(folder / SETTINGS, settings)
+    _write_json(folder / "generation_config.json", ids | {"_from_model_config": True})
+    from jaxlm.export.vocabulary import write_tokenizer
+
+    write_tokenizer(model.tokenizer, folder, model.config.max_seq_len)
+    (folder / "README.md").write_text(_card(model, family, dtype), encoding="utf-8")
+    write_tensors(
+        folder,
+        family.shapes(model.config),
+        family.to_theirs(model.params, model.config),
+        np.dtype(jnp.dtype(dtype)),
+        file_bytes,
+    )
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _card(model: Model, family: Family, dtype: str) -> str:
+    c = model.config
+    sizes = f"{c.num_layers} layers, width {c.d_model}, {c.num_heads} heads"
+    facts = "".join(f"| {name} | {value} |\n" for name, value in model.facts.items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- jaxlm\n---\n\n"
+        f"# {model.name}\n\n"
+        f"A language model trained with jaxlm, in the form of `{family.architecture}`: {sizes}, "
+        f"vocabulary {c.vocab_size}, texts of up to {c.max_seq_len} tokens, weights in {dtype}.\n\n"
+        f"| | |\n|---|---|\n{facts}\n"
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        'inputs = tokenizer("Once", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
+        "```\n\n"
+        "`verification.json` says how the logits of these files in transformers compare with those "
+        "of the model they were written from.\n"
+    )

@@ -6,7 +6,6 @@ a file is as exact as its own normalisation lets it be.
 
 import hashlib
 import io
-import itertools
 import json
 import re
 from collections import Counter
@@ -130,6 +129,11 @@ class SentencePieceTokenizer(Tokenizer):
     def __reduce__(self):
         return SentencePieceTokenizer, (self.model,)
 
+    @property
+    def spells_marks(self) -> bool:
+        """Whether U+2581 in a text is spelt in its bytes, not taken for a space."""
+        return self._can_cut and bool(self._mark_ids)
+
     def _bytes_of(self, i: int) -> bytes:
         if self._processor.is_control(i) or self._processor.is_unknown(i):
             return b""
@@ -186,6 +190,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 "names no begin-of-sequence token and has no well-known one, such as <s> or "
                 "<|endoftext|>: put a tokenizer_config.json with bos_token beside it"
             )
+        # As special tokens they are never found in a text, whatever the file says of them.
+        self._tokenizer.add_special_tokens(list(filter(None, (self._bos, self._eos))))
         self.bos_id = vocabulary[self._bos]
         self.eos_id = vocabulary.get(self._eos)
         self.config = (config or {}) | {"bos_token": self._bos, "eos_token": self._eos}
@@ -193,8 +199,7 @@ class HuggingFaceTokenizer(Tokenizer):
         first = self._encode_batch(["a"])[0][:1]
         self._adds_space = bool(first) and self._bytes[first[0]].startswith(b" ")
         whole = self._tokenizer.encode("a")
-        added = itertools.takewhile(lambda pair: pair[1], zip(whole.ids, whole.special_tokens_mask))
-        self.prefix = [i for i, _ in added]
+        self.prefix = whole.ids[: whole.special_tokens_mask.index(0)]
 
     def __reduce__(self):
         return HuggingFaceTokenizer, (self.model, self._bos, self._eos, self.config)

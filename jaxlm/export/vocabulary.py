@@ -3,6 +3,11 @@
 What stands in front of a text is the begin token, always; a text that spells a special token
 stays text. Pieces of SentencePiece are written with spaces in the place of U+2581, so that this
 character, which SentencePiece cannot tell from a space, is spelt in its bytes as in `encode`.
+
+Not exact are: unigram texts with two segmentations of the same score, which SentencePiece's float32
+sums tell apart by their rounding; characters with several combining marks under a normalisation
+other than identity; and, in BPE models that add or remove spaces, texts that spell a symbol which
+the user has defined.
 """
 
 import json
@@ -10,13 +15,18 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxlm.errors import UserError
-from jaxlm.tokenizer import INNER_SPACE, SPACE_MARK, HuggingFaceTokenizer, Tokenizer
+from jaxlm.tokenizer import (
+    INNER_SPACE,
+    SPACE_MARK,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 
 # Before the first space of a gap, as the tokenizer's own stretches end.
 WORDS = " *[^ ]+| +"
@@ -28,6 +38,15 @@ Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 TEXT_TYPES = (Piece.NORMAL, Piece.USER_DEFINED)
 # Which of a foreign tokenizer_config.json's names transformers turns into special tokens.
 SPECIAL_NAMES = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# What would replace the tokens, or the class, that tokenizer.json stands for.
+DROPPED = (
+    "added_tokens_decoder",
+    "add_prefix_space",
+    "auto_map",
+    "backend",
+    "tokenizer_file",
+    "vocab_file",
+)
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -64,7 +83,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
 
 
 def _begin_in_front(tokenizer: HuggingFaceTokenizer) -> str:
-    """Its tokenizer.json, whose post-processing adds the begin token and nothing else."""
+    """Its tokenizer.json, whose post-processing adds the begin token and nothing else.
+
+    A space that encoding puts in front is taken away by decoding, as jaxlm does.
+    """
     spec = json.loads(tokenizer.model) | {"truncation": None, "padding": None}
     backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
     text = backend.encode("a", add_special_tokens=False).ids
@@ -78,6 +100,9 @@ def _begin_in_front(tokenizer: HuggingFaceTokenizer) -> str:
         if kept:
             new = {"type": "Sequence", "processors": [*kept, new]}
         spec["post_processor"] = new
+    if backend.decode(text).removeprefix(" ") == tokenizer.decode(text) != backend.decode(text):
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        spec["decoder"] = {"type": "Sequence", "decoders": [spec["decoder"], strip]}
     return json.dumps(spec, ensure_ascii=False)
 
 
@@ -96,32 +121,30 @@ def _kept_config(tokenizer: HuggingFaceTokenizer) -> dict:
     """
     spec = json.loads(tokenizer.model)
     special = {token["content"] for token in spec["added_tokens"] if token["special"]}
-    dropped = {"added_tokens_decoder", "auto_map", "backend", "tokenizer_file", "vocab_file"}
-    config = {key: value for key, value in tokenizer.config.items() if key not in dropped}
-
-    def content(name):
-        return name.get("content") if isinstance(name, dict) else name
-
+    config = {key: value for key, value in tokenizer.config.items() if key not in DROPPED}
     for key in SPECIAL_NAMES:
-        config[key] = content(config.get(key))
+        name = _content(config.pop(key, None))
+        if name in special:
+            config[key] = name
     for key in SPECIAL_LISTS:
-        names = config.get(key)
-        names = names.values() if isinstance(names, dict) else names or ()
-        config[key] = [name for name in map(content, names) if name in special]
-    config = {
-        key: value
-        for key, value in config.items()
-        if not (key in SPECIAL_NAMES and value not in special) and value not in (None, [])
-    }
-    pre = spec["pre_tokenizer"] or {}
-    if "add_prefix_space" in pre:
-        config["add_prefix_space"] = pre["add_prefix_space"]
-    else:
-        config.pop("add_prefix_space", None)
+        names = config.pop(key, None) or ()
+        names = map(_content, names.values() if isinstance(names, dict) else names)
+        if kept := [name for name in names if name in special]:
+            config[key] = kept
+    if config["eos_token"] is None:
+        del config["eos_token"]
+    # Some releases put their own default in the place of what tokenizer.json says.
+    pre_tokenizer = spec["pre_tokenizer"] or {}
+    if "add_prefix_space" in pre_tokenizer:
+        config["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
     return config
 
 
-def _from_sentencepiece(tokenizer: Tokenizer) -> tuple[str, dict]:
+def _content(name: str | dict | None) -> str | None:
+    return name.get("content") if isinstance(name, dict) else name
+
+
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[str, dict]:
     """An equal tokenizer.json, and the names of the special tokens."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
     _check_expressible(proto)
@@ -140,14 +163,13 @@ def _from_sentencepiece(tokenizer: Tokenizer) -> tuple[str, dict]:
             byte_fallback=bytewise,
         )
     backend = tokenizers.Tokenizer(model)
-    marks_are_text = tokenizer._can_cut and bool(tokenizer._mark_ids)
-    steps = _normalizers(proto.normalizer_spec, marks_are_text)
+    steps = _normalizers(proto.normalizer_spec, tokenizer.spells_marks)
     if steps:
         backend.normalizer = normalizers.Sequence(steps)
     splits = _splits(pieces, is_unigram, bytewise)
     if splits:
         backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    ends = [decoders.Strip(" ", 1, 0)] if tokenizer._adds_space else []
+    ends = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *ends])
     _add_tokens(backend, pieces, is_unigram)
     begin = pieces[tokenizer.bos_id][0]
@@ -176,14 +198,14 @@ def _check_expressible(proto) -> None:
         )
 
 
-def _normalizers(spec, marks_are_text: bool) -> list[normalizers.Normalizer]:
+def _normalizers(spec, spells_marks: bool) -> list[normalizers.Normalizer]:
     """What SentencePiece does to a text, in its order, with spaces for U+2581."""
     steps = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps.append(normalizers.Replace(tokenizers.Regex(EXTRA_SPACES), ""))
-    if not marks_are_text:
+    if not spells_marks:
         steps.append(normalizers.Replace(SPACE_MARK, " "))
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
@@ -192,26 +214,24 @@ def _normalizers(spec, marks_are_text: bool) -> list[normalizers.Normalizer]:
 
 def _unigram_scores(pieces: list[tuple]) -> list[tuple[str, float]]:
     """Pieces with scores; what is not text costs more than spelling it in any pieces."""
-    worst = min((score for _, score, kind in pieces if kind == Piece.NORMAL), default=0.0)
+    worst = min(score for _, score, kind in pieces if kind == Piece.NORMAL)
     longest = max(len(piece) for piece, _, kind in pieces if kind not in TEXT_TYPES)
     never = (min(worst, DEFINED_SCORE) - 1) * (longest + 1)
-    defined = {Piece.NORMAL: None, Piece.USER_DEFINED: DEFINED_SCORE}
-    return [
-        (piece, score if kind == Piece.NORMAL else defined.get(kind, never))
-        for piece, score, kind in pieces
-    ]
+
+    def score_of(score: float, kind: int) -> float:
+        return {Piece.NORMAL: score, Piece.USER_DEFINED: DEFINED_SCORE}.get(kind, never)
+
+    return [(piece, score_of(score, kind)) for piece, score, kind in pieces]
 
 
 def _merges(pieces: list[tuple]) -> Iterator[tuple[str, str]]:
     """Every pair that makes a piece, in SentencePiece's order: best score, then leftmost."""
     scores = {piece: score for piece, score, kind in pieces if kind == Piece.NORMAL}
-    defined = {piece for piece, _, kind in pieces if kind == Piece.USER_DEFINED}
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
         for cut in _cuts(piece):
             left, right = piece[:cut], piece[cut:]
             if left in scores and right in scores:
                 yield left, right
-    del defined
 
 
 def _cuts(piece: str) -> Iterator[int]:

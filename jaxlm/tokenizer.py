@@ -199,7 +199,7 @@ class HuggingFaceTokenizer(Tokenizer):
         first = self._encode_batch(["a"])[0][:1]
         self._adds_space = bool(first) and self._bytes[first[0]].startswith(b" ")
         whole = self._tokenizer.encode("a")
-        self.prefix = whole.ids[: whole.special_tokens_mask.index(0)]
+        self.prefix = whole.ids[: [*whole.special_tokens_mask, 0].index(0)]
 
     def __reduce__(self):
         return HuggingFaceTokenizer, (self.model, self._bos, self._eos, self.config)

@@ -276,8 +276,8 @@ def test_a_foreign_config_is_kept_but_for_what_would_change_ids(tmp_path):
         added_tokens_decoder={"900": {"content": "self"}},
         tokenizer_class="GPT2Tokenizer",
         add_bos_token=False,
-        add_prefix_space=True,
     )
+    tokenizer.config["add_prefix_space"] = True
     write_tokenizer(tokenizer, tmp_path, 512)
     other = AutoTokenizer.from_pretrained(tmp_path)
     assert (other.chat_template, other.unk_token) == ("{{ messages }}", "<|x|>")

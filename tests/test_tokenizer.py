@@ -207,6 +207,49 @@ def test_json_takes_specials_from_its_config_and_saves_them(byte_level, tmp_path
     assert load_tokenizer(copy).eos_id == 501
 
 
+def test_json_keeps_its_config_and_chat_template(byte_level, tmp_path):
+    write(tmp_path / "tokenizer.json", byte_level)
+    write(tmp_path / "chat_template.jinja", "{{ 'naïve' }}")
+    write(tmp_path / "tokenizer_config.json", '{"padding_side": "left", "chat_template": "old"}')
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    load_tokenizer(tmp_path).save(copy)
+    kept = {"padding_side": "left", "chat_template": "{{ 'naïve' }}"}
+    names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    assert json.loads((copy / "tokenizer_config.json").read_bytes()) == kept | names
+    again = pickle.loads(pickle.dumps(load_tokenizer(copy)))
+    assert again.config == kept | names
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"bos_token": {}}', b"\xff\xfe"])
+def test_a_corrupt_config_is_a_corrupt_tokenizer(byte_level, tmp_path, name, content):
+    write(tmp_path / "tokenizer.json", byte_level)
+    write(tmp_path / name, content)
+    if name.endswith("jinja") and isinstance(content, str):
+        assert load_tokenizer(tmp_path).config["chat_template"] == content
+        return
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer that can be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_prefix_is_what_the_own_post_processing_puts_in_front(trained, byte_level, tmp_path):
+    assert trained.prefix == [trained.bos_id]
+    file = write(tmp_path / "tokenizer.json", byte_level)
+    assert load_tokenizer(file).prefix == [0]
+    plain = json.loads(byte_level) | {"post_processor": None}
+    assert load_tokenizer(write(file, json.dumps(plain))).prefix == []
+
+
+def test_text_never_becomes_the_end_token_even_if_the_file_calls_it_plain(byte_level, tmp_path):
+    spec = json.loads(byte_level)
+    spec["added_tokens"][0]["special"] = False
+    tokenizer = load_tokenizer(write(tmp_path / "tokenizer.json", json.dumps(spec)))
+    ids = tokenizer.encode("a<|endoftext|>")
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>"
+
+
 def sentencepiece_model(**settings):
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

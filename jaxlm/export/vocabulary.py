@@ -7,7 +7,8 @@ character, which SentencePiece cannot tell from a space, is spelt in its bytes a
 Not exact are: unigram texts with two segmentations of the same score, which SentencePiece's float32
 sums tell apart by their rounding; characters with several combining marks under a normalisation
 other than identity; and, in BPE models that add or remove spaces, texts that spell a symbol which
-the user has defined.
+the user has defined. Beside a config.json of model_type qwen2, transformers 5 takes Qwen's own
+pre-tokenizer whatever tokenizer_config.json says, so that any other tokenizer's ids are lost there.
 """
 
 import json

@@ -4,7 +4,6 @@ Names and metadata keys come from the `gguf` package. What is here is what it do
 llama.cpp expects the numbers of each family to be arranged, and what it cannot compute.
 """
 
-import dataclasses
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.errors import UserError, nearest
+from jaxlm.export.gguf_families import ALIASES, FAMILIES, METADATA, Layout
 from jaxlm.export.gguf_vocabulary import write_vocabulary
 from jaxlm.tokenizer import Tokenizer
 
@@ -24,92 +24,13 @@ DTYPES = {
     "bfloat16": ("BF16", "MOSTLY_BF16"),
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
-QUANTUM = 32
+BLOCK = 32
 # Matrices that llama.cpp wants in float32 whatever the others are.
 KEPT = ("position_embd.weight", "ffn_gate_inp.weight")
 # What older checkpoints carry along and nothing was learned in.
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|attention\.(masked_)?bias)$")
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
-# GPT-2's names of settings.
-ALIASES = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_positions": "max_position_embeddings",
-    "n_inner": "intermediate_size",
-    "activation_function": "hidden_act",
-    "layer_norm_epsilon": "norm_eps",
-    "layer_norm_eps": "norm_eps",
-    "rms_norm_eps": "norm_eps",
-    "hidden_activation": "hidden_act",
-    "rotary_emb_base": "rope_theta",
-    "rotary_pct": "partial_rotary_factor",
-    "num_experts": "num_local_experts",
-}
-_QKV_BIAS = r"\.self_attn\.[qkv]_proj\.bias$"
-_ANY_BIAS = r"\.bias$"
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How llama.cpp holds one family, and how far it goes."""
-
-    arch: str
-    """The member of `gguf.MODEL_ARCH`."""
-    activation: str = "silu"
-    biases: str = r"(?!)"
-    """A pattern of the biases that llama.cpp adds."""
-    norm: str = "rms"
-    rope: bool = True
-    pairs: bool = False
-    """Rotates neighbours, not halves: rows of q and k are interleaved. Takes llama3 scaling."""
-    partial: bool = False
-    """May rotate a part of each head."""
-    square: bool = False
-    """Heads together are as wide as the model."""
-    ties: bool | None = None
-    """Whether the head must be the embedding (True), or must be stored even if it is (False)."""
-    shift: float = 0.0
-    """What transformers adds to norm weights and llama.cpp does not."""
-    period: int = 0
-    """Every so many layers one attends to all positions, the others to a window."""
-    scaled: int = 0
-    """Layers of the published model whose attention scale differs, by which llama.cpp knows it."""
-    expected: tuple[tuple[str, Any], ...] = ()
-    """Settings that llama.cpp takes for granted, and what a config.json without them means."""
-
-
-LLAMA = Layout("LLAMA", pairs=True, biases=_ANY_BIAS)
-GEMMA = Layout("GEMMA", activation="gelu_pytorch_tanh", ties=True, shift=1.0)
-FAMILIES = {
-    "gpt2": Layout(
-        *("GPT2", "gelu_new", _ANY_BIAS, "layer"),
-        rope=False,
-        square=True,
-        expected=(("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)),
-    ),
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "mixtral": LLAMA,
-    "qwen2": Layout("QWEN2", biases=_QKV_BIAS, square=True),
-    "qwen3": Layout("QWEN3"),
-    "qwen3_moe": Layout(
-        "QWEN3MOE",
-        expected=(("norm_topk_prob", True), ("decoder_sparse_step", 1), ("mlp_only_layers", [])),
-    ),
-    "gemma": GEMMA,
-    "gemma2": dataclasses.replace(GEMMA, arch="GEMMA2", period=2, scaled=46),
-    "gemma3_text": dataclasses.replace(GEMMA, arch="GEMMA3", ties=None, period=6, scaled=62),
-    "olmo2": Layout("OLMO2", square=True, ties=False),
-    "phi3": Layout("PHI3", partial=True, square=True),
-    "gpt_neox": Layout(
-        *("GPTNEOX", "gelu", _ANY_BIAS, "layer"),
-        partial=True,
-        square=True,
-        ties=False,
-        expected=(("attention_bias", True),),
-    ),
-}
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 def write_gguf(
@@ -187,9 +108,10 @@ def _canonical(settings: dict) -> dict:
         "head_dim": width // heads,
         "num_key_value_heads": heads,
         "intermediate_size": 4 * width,
-        "tie_word_embeddings": FAMILIES[model_type].ties is True or model_type == "gpt2",
+        "tie_word_embeddings": False,
     }
-    return implied | known | _rope(known)
+    whole = implied | dict(FAMILIES[model_type].implied) | known
+    return whole | _rope(whole)
 
 
 def _rope(settings: dict) -> dict:
@@ -203,40 +125,37 @@ def _rope(settings: dict) -> dict:
     beside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     rope = {key: settings[key] for key in beside if key in settings}
     rope |= settings.get("rope_scaling", {}) | given.get("full_attention", given)
-    theta = local.get("rope_theta", settings.get("rope_local_base_freq", 10_000.0))
-    defaults = {"rope_theta": 10_000.0, "rope_type": rope.get("type", "default")}
-    return {"rope": defaults | rope, "local_theta": theta}
+    rope = {"rope_theta": 10_000.0, "rope_type": rope.get("type", "default")} | rope
+    theta = settings.get("rope_local_base_freq", rope["rope_theta"])
+    kind = local.get("rope_type", "default")
+    return {"rope": rope, "local_theta": local.get("rope_theta", theta), "local_type": kind}
 
 
 def _check(settings: dict, layout: Layout) -> None:
     """Raise UserError for a setting that llama.cpp does not compute."""
     family, head = settings["model_type"], settings["head_dim"]
-    expected = dict(layout.expected) | {"hidden_act": layout.activation}
-    if layout.period:
-        layers, width = settings["num_hidden_layers"], settings["hidden_size"]
-        scale = width // settings["num_attention_heads"] if layers == layout.scaled else head
-        expected["query_pre_attn_scalar"] = scale
+    heads, width = settings["num_attention_heads"], settings["hidden_size"]
+    expected = dict(layout.expected)
+    if layout.head == "tied":
+        expected["tie_word_embeddings"] = True
+    if layout.rescaled:
+        rescaled = settings["num_hidden_layers"] == layout.rescaled
+        expected["query_pre_attn_scalar"] = width // heads if rescaled else head
     for key, value in expected.items():
         if settings.get(key, value) != value:
             raise UserError(
-                f"llama.cpp computes {family} models with {key}={value!r} only, "
-                f"and this one has {settings[key]!r}"
+                f"llama.cpp computes {family} models with {key}={value!r}, and this one has "
+                f"{settings[key]!r}"
             )
-    if layout.square and settings["num_attention_heads"] * head != settings["hidden_size"]:
+    if layout.square and heads * head != width:
         raise UserError(
-            f"llama.cpp wants the heads of a {family} model as wide together as the model, but "
-            f"{settings['num_attention_heads']} heads of {head} are not {settings['hidden_size']}"
+            f"llama.cpp wants the heads of a {family} model together as wide as the model, but "
+            f"{heads} heads of {head} are not {width}"
         )
-    if layout.ties and not settings["tie_word_embeddings"]:
-        raise UserError(
-            f"llama.cpp has no separate head for {family} models: tie_word_embeddings must be true"
-        )
-    if layout.arch == "GEMMA2" and not (
-        settings.get("attn_logit_softcapping") and settings.get("final_logit_softcapping")
-    ):
-        raise UserError("llama.cpp computes gemma2 models with both soft caps only: set them")
-    if layout.arch == "GEMMA3" and settings.get("attn_logit_softcapping"):
-        raise UserError("llama.cpp does not cap the attention scores of gemma3_text models")
+    if layout.arch == "GEMMA2":
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if not settings.get(key):
+                raise UserError(f"llama.cpp computes {family} models with {key}: set it")
     if layout.rope:
         _check_rope(settings, layout)
     _window(settings, layout)
@@ -250,6 +169,8 @@ def _check_rope(settings: dict, layout: Layout) -> None:
             f"a {family} model's rotary positions scaled by {rope['rope_type']!r} cannot be "
             f"written as GGUF: {' and '.join(kinds[1:])} can"
         )
+    if settings["local_type"] != "default":
+        raise UserError("llama.cpp does not scale rotary positions in layers with a window")
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and not layout.partial:
         raise UserError(
             f"llama.cpp turns whole heads of {family} models, but partial_rotary_factor is "
@@ -273,27 +194,25 @@ def _window(settings: dict, layout: Layout) -> tuple[int, int] | None:
     Raises UserError for local layers where llama.cpp knows none, or not these.
     """
     layers, length = settings["num_hidden_layers"], settings["max_position_embeddings"]
-    window = settings.get("sliding_window")
+    window = settings.get("sliding_window") or length
     period = settings.get("sliding_window_pattern", layout.period)
     kinds = settings.get("layer_types", _kinds(layers, period))
-    if "sliding_attention" not in kinds or not settings.get("use_sliding_window", True):
-        window = None
+    local = LOCAL in kinds and settings.get("use_sliding_window", True)
     if not layout.period:
-        if window and window < length:
+        if local and window < length:
             raise UserError(
                 f"llama.cpp has no sliding window for {settings['model_type']} models, and here "
                 f"it is {window} of {length} positions: set max_position_embeddings to {window} "
                 "to export the model for texts that short"
             )
         return None
-    if window is None:
-        return length, 1
-    period = kinds.index("full_attention") + 1 if "full_attention" in kinds else layers + 1
-    if any(
-        (kind == "full_attention") != (i % period == period - 1) for i, kind in enumerate(kinds)
-    ):
+    if not local:
+        # Without a window, llama.cpp gives Gemma 2 the published one.
+        return None if layout.arch == "GEMMA3" else (length, layout.period)
+    period = kinds.index(GLOBAL) + 1 if GLOBAL in kinds else layers + 1
+    if kinds != _kinds(layers, period):
         raise UserError(
-            "llama.cpp wants a global layer at equal distances, and this model's layer_types are "
+            "llama.cpp wants global layers at equal distances, and this model's layer_types are "
             f"{', '.join(kinds)}"
         )
     return window, period
@@ -301,51 +220,30 @@ def _window(settings: dict, layout: Layout) -> tuple[int, int] | None:
 
 def _kinds(layers: int, period: int) -> list[str]:
     """transformers' names of the layers, if every `period`-th one is global (0: none is)."""
-    last = period - 1
-    kinds = ("sliding_attention", "full_attention")
-    return [kinds[bool(period) and i % period == last] for i in range(layers)]
+    return [GLOBAL if period and (i + 1) % period == 0 else LOCAL for i in range(layers)]
 
 
 def _write_settings(writer, settings: dict, layout: Layout) -> None:
     """The metadata from which llama.cpp builds the model."""
     from gguf import RopeScalingType
 
-    head, rope = settings["head_dim"], settings["rope"]
-    writer.add_vocab_size(settings["vocab_size"])
-    writer.add_context_length(settings["max_position_embeddings"])
-    writer.add_embedding_length(settings["hidden_size"])
-    writer.add_block_count(settings["num_hidden_layers"])
-    writer.add_feed_forward_length(settings["intermediate_size"])
-    writer.add_head_count(settings["num_attention_heads"])
-    writer.add_head_count_kv(settings["num_key_value_heads"])
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    if layout.norm == "rms":
-        writer.add_layer_norm_rms_eps(settings["norm_eps"])
-    else:
-        writer.add_layer_norm_eps(settings["norm_eps"])
+    for key, method in METADATA.items():
+        if key in settings:
+            getattr(writer, method)(settings[key])
+    writer.add_key_length(settings["head_dim"])
+    writer.add_value_length(settings["head_dim"])
     if layout.rope:
+        rope = settings["rope"]
         writer.add_rope_dimension_count(_turned(settings))
         writer.add_rope_freq_base(rope["rope_theta"])
         if rope["rope_type"] == "linear":
             writer.add_rope_scaling_type(RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(rope["factor"])
-    if layout.arch == "GPTNEOX":
-        writer.add_parallel_residual(settings.get("use_parallel_residual", True))
-    if experts := settings.get("num_local_experts"):
-        writer.add_expert_count(experts)
-        writer.add_expert_used_count(settings["num_experts_per_tok"])
-        if "moe_intermediate_size" in settings:
-            writer.add_expert_feed_forward_length(settings["moe_intermediate_size"])
-    if cap := settings.get("attn_logit_softcapping"):
-        writer.add_attn_logit_softcapping(cap)
-    if cap := settings.get("final_logit_softcapping"):
-        writer.add_final_logit_softcapping(cap)
     if span := _window(settings, layout):
+        # Two keys for which older versions of the package lack a method.
         writer.add_sliding_window(span[0])
-        writer.add_sliding_window_pattern(span[1])
-    if layout.arch == "GEMMA3":
-        writer.add_rope_freq_base_swa(settings["local_theta"])
+        writer.add_uint32(f"{writer.arch}.attention.sliding_window_pattern", span[1])
+        writer.add_float32(f"{writer.arch}.rope.freq_base_swa", settings["local_theta"])
 
 
 def _arranged(
@@ -372,7 +270,7 @@ def _arranged(
             name = re.sub(r"model\.(.+)\.block_sparse_moe", r"\1.feed_forward", name)
             array = np.stack([each for _, each in ordered])
         yield name, _rearranged(name, array, settings, layout)
-        if tied and layout.ties is False and re.search(r"\.embed_(in|tokens)\.", name):
+        if tied and layout.head == "stored" and re.search(r"\.embed_(in|tokens)\.", name):
             yield "lm_head.weight", array
     if experts:
         raise UserError(
@@ -423,7 +321,7 @@ def _quantized(name: str, array: np.ndarray, quant: str) -> tuple[Any, np.ndarra
 
     if array.ndim == 1 or name.endswith(KEPT):
         quant = "F32"
-    elif quant == "Q8_0" and array.shape[-1] % QUANTUM:
+    elif quant == "Q8_0" and array.shape[-1] % BLOCK:
         quant = "F16"
     array = np.ascontiguousarray(array, np.float32)
     if quant == "F16" and not np.abs(array).max(initial=0) <= np.finfo(np.float16).max:

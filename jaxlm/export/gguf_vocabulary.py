@@ -3,9 +3,11 @@
 llama.cpp tokenizes text itself, by one of a few built-in models. Each tokenizer of ours goes to
 the one that gives the same ids:
 
-- SentencePiece BPE to "llama", which merges neighbours by the score of the result.
+- SentencePiece BPE to "llama", which merges neighbours by the score of the result. Only the
+  character U+2581 in a text, which we spell in bytes, is a space there.
 - SentencePiece unigram to "plamo2", the one model that finds the best segmentation and spells
-  unknown characters in bytes ("t5" gives <unk> for them). It never puts BOS before a text.
+  unknown characters in bytes ("t5" gives <unk> for them). Of segmentations that are exactly as
+  good, such as those of a run of spaces, it may take another.
 - byte-level BPE of a tokenizer.json to "gpt2", with the pre-tokenizer of the same pattern.
 """
 
@@ -24,10 +26,6 @@ _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"{_UPPER}*{_LOWER}+%s|{_UPPER}+{_LOWER}*%s|\p{{N}}%s"
-_CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # What a text is cut by, one after the other, and whether a whole word is taken without merging,
 # by llama.cpp's name for it.
 PRE_TOKENIZERS = {
@@ -36,11 +34,6 @@ PRE_TOKENIZERS = {
     "llama-bpe": ((_WORDS + "{1,3}" + _REST,), True),
     "dbrx": ((_WORDS + "{1,3}" + _REST,), False),
     "qwen2": ((_WORDS + _REST,), False),
-    "gpt-4o": (
-        (_CASED % (f"{_CONTRACTIONS}?", f"{_CONTRACTIONS}?", "{1,3}") + _CASED_REST,),
-        False,
-    ),
-    "tekken": ((_CASED % ("", "", "") + _CASED_REST,), True),
 }
 
 
@@ -85,7 +78,7 @@ def _write_sentencepiece(writer, tokenizer: SentencePieceTokenizer):
             "the tokenizer normalises text, which llama.cpp does not: train one with "
             "normalization_rule_name=identity and remove_extra_whitespaces=false"
         )
-    if trainer.treat_whitespace_as_suffix or not (normalizer.escape_whitespaces):
+    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         raise UserError("llama.cpp wants a SentencePiece model with spaces before words")
     if unigram and (normalizer.add_dummy_prefix or not trainer.byte_fallback):
         raise UserError(
@@ -128,10 +121,10 @@ def _write_byte_level(writer, tokenizer: HuggingFaceTokenizer):
     whole = json.loads(tokenizer.model)
     model = whole["model"]
     affixes = ("continuing_subword_prefix", "end_of_word_suffix")
-    if model["type"] != "BPE" or any(model.get(key) for key in affixes):
+    if model["type"] != "BPE" or any(model.get(key) for key in ("byte_fallback", *affixes)):
         raise UserError(
-            "llama.cpp export takes byte-level BPE of a tokenizer.json, but this is "
-            f"{model['type']}: give a SentencePiece .model, or train a tokenizer"
+            "of a tokenizer.json, GGUF export takes byte-level BPE only: use the tokenizer.model "
+            "(SentencePiece) that models without it come with"
         )
     normalizer = (whole.get("normalizer") or {}).get("type", "NFC")
     # NFC leaves nearly all text as it is, and llama.cpp's own converter passes over it.
@@ -183,10 +176,7 @@ def _pattern(part: dict) -> str | None:
         return _GPT2 if part.get("use_regex", True) else None
     if kind == "Digits":
         return r"\p{N}" if part["individual_digits"] else r"\p{N}+"
-    if kind == "Split" and (part["behavior"], part["invert"]) in (
-        ("Isolated", False),
-        # All of the text matches, so keeping the matches alone loses nothing.
-        ("Removed", True),
-    ):
+    # All of the text matches, so that dropping what does not loses nothing.
+    if kind == "Split" and (part["behavior"] == "Isolated" or part["invert"]):
         return part["pattern"].get("Regex", "a string")
     return kind

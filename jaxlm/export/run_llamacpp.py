@@ -37,7 +37,7 @@ class Model:
         params.swa_full = True
         params.warmup = False
         params.fit_params = False
-        params.verbosity = -1
+        params.verbosity = 1
         self._server = xllamacpp.Server(params)
         self._open = build_opener(ProxyHandler({})).open
         self._some_token = self.tokenize("a")[-1]

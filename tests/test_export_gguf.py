@@ -27,7 +27,7 @@ PROMPT = [1, 5, 300, 17, 17, 2, 8, 250, 99, 31, 4, 60, 61, 62, 63, 200, 7, 330, 
 NEW_TOKENS = 6
 # Largest difference of a log-probability, of which the standard deviation is 0.7. Measured:
 # 3e-6, and 2e-3 with gelu, which llama.cpp looks up in a table of float16.
-EXACT, GELU = 2e-5, 5e-3
+EXACT, GELU = 2e-5, 4e-3
 
 needs_llamacpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="needs llama.cpp: pip install xllamacpp"

@@ -15,11 +15,28 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxlm.api import LanguageModel, Score, generate, load, score
+    from jaxlm.api import (
+        LanguageModel,
+        Score,
+        Verification,
+        export_checkpoint,
+        generate,
+        load,
+        score,
+    )
     from jaxlm.errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["LanguageModel", "Score", "UserError", "generate", "load", "score"]
+__all__ = [
+    "LanguageModel",
+    "Score",
+    "UserError",
+    "Verification",
+    "export_checkpoint",
+    "generate",
+    "load",
+    "score",
+]
 
 # A command imports for a second or two; Ctrl-C then ends it without a traceback, as it does later.
 _is_command = any(
@@ -33,8 +50,7 @@ if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Names are looked up on first use, so that importing jaxlm is quick and starts no device.
-_HOMES = dict.fromkeys(("LanguageModel", "Score", "generate", "load", "score"), "jaxlm.api")
-_HOMES["UserError"] = "jaxlm.errors"
+_HOMES = dict.fromkeys(__all__, "jaxlm.api") | {"UserError": "jaxlm.errors"}
 
 
 def __getattr__(name: str):

@@ -1,26 +1,28 @@
-"""jaxlm from one's own code: `load`, `generate`, `score`."""
+"""jaxlm from one's own code: `load`, `generate`, `score`, `export_checkpoint`."""
 
 import codecs
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.checkpoint import CONFIG, restore_params
-from jaxlm.cli import read_config
 from jaxlm.config import Config
 from jaxlm.decode import DecodeProgram, Sampling, build_decode_program
 from jaxlm.errors import UserError
+from jaxlm.export import family_of
+from jaxlm.export.exporter import check_target, export_model
+from jaxlm.export.huggingface import is_model_folder, read_settings
+from jaxlm.export.safetensors import read_tensors
+from jaxlm.export.verify import TRANSFORMERS, Verification, expected_of, verify
+from jaxlm.loading import find_model, load_params, read_description, read_model
 from jaxlm.mesh import folded_mesh, make_mesh
 from jaxlm.models.decoder import Decoder
-from jaxlm.run_folder import find_step
-from jaxlm.sharding import check_fits, make_layout, split_boxes
-from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.sharding import check_fits
+from jaxlm.tokenizer import Tokenizer
 from jaxlm.values import MAX_SEED
 
 ROWS_AT_ONCE = 64
@@ -36,8 +38,15 @@ class LanguageModel:
     program: DecodeProgram
     params: object
     """In the form `program` takes."""
-    step: int
-    """The update the parameters are from."""
+    prefix: tuple[int, ...]
+    """Ids that a text starts with: beginning-of-text, unless the model was trained without."""
+    source: Path
+    """The folder the parameters are from: a run's step or a Hugging Face folder."""
+
+    @property
+    def step(self) -> int:
+        """The update the parameters are from; 0 for a Hugging Face folder."""
+        return 0 if is_model_folder(self.source) else int(self.source.name.rpartition("_")[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +62,18 @@ class Score:
 
 
 def load(path: str | Path, mesh: str | Mesh | None = None, dtype: str | None = None):
-    """Load a run folder (its newest sound checkpoint), or one of its step folders.
+    """Load a run folder (its newest sound checkpoint), one of its step folders, or a folder of
+    Hugging Face transformers (config.json, safetensors, tokenizer).
 
     `mesh` is a text such as `"dp2,tp2"` or a Mesh; None is one device. `dtype` ("float32" or
     "bfloat16") is the compute type; None is the run's. Where the run kept an exponential moving
     average of its parameters, that is what is loaded. Raises UserError for a path that holds no
-    run, and for a damaged checkpoint.
+    model, and for a damaged checkpoint.
     """
     if not isinstance(path, str | Path) or not isinstance(mesh, str | Mesh | None):
         raise UserError(f"load({path!r}, mesh={mesh!r}): give a path, and a mesh such as 'dp2,tp2'")
-    folder = find_step(Path(path).expanduser())
-    config = read_config(folder / CONFIG)
+    folder = find_model(path)
+    config, tokenizer, prefix = read_description(folder)
     if dtype is not None:
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype={dtype!r} is not known: use 'float32' or 'bfloat16'")
@@ -72,23 +82,69 @@ def load(path: str | Path, mesh: str | Mesh | None = None, dtype: str | None = N
     check_fits(config, mesh, training=False)
     program = build_decode_program(Decoder(config.model), mesh)
     params = program.prepare(load_params(folder, Decoder(config.model), mesh))
-    return LanguageModel(
-        config, load_tokenizer(folder), program, params, int(folder.name.rpartition("_")[2])
+    return LanguageModel(config, tokenizer, program, params, tuple(prefix), folder)
+
+
+def export_checkpoint(
+    model: LanguageModel | str | Path,
+    to: str = "hf",
+    out: str | Path = "exported",
+    *,
+    dtype: str = "float32",
+    family: str | None = None,
+    step: str = "last",
+    average: bool = True,
+    shard_gb: float = 5.0,
+    skip_verification: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Verification:
+    """Write a model into the new folder `out` for another stack, and verify it there.
+
+    `model` is a loaded model, a run folder, one of its steps, or a Hugging Face folder. `to` is
+    "hf" (transformers, vLLM, ...), "gguf" (llama.cpp) or "stablehlo". `dtype` is that of the
+    weights: "float32", "bfloat16", "float16" or, for GGUF, "q8_0". `family` names one of
+    transformers' model types where several can express the model. `step` is "last", "best" or a
+    number, `average` takes the moving average of the parameters where the run kept one, and a file
+    of weights has at most `shard_gb` gigabytes. `say` gets lines of progress.
+
+    Returns how the written model compares; `verified` is false only where the other stack is not
+    installed or `skip_verification` is set. Raises UserError where it cannot be written, and,
+    leaving nothing behind, where it computes something else there.
+    """
+    out = Path(out).expanduser()
+    check_target(to, dtype, out)
+    folder = model.source if isinstance(model, LanguageModel) else find_model(model, step)
+    source = read_model(folder, average)
+    return export_model(
+        source,
+        to,
+        out,
+        dtype=dtype,
+        family=family,
+        file_bytes=int(shard_gb * 1e9),
+        skip=skip_verification,
+        say=say,
     )
 
 
-def load_params(path: str | Path, model: Decoder, mesh: Mesh):
-    """The parameters of a run or step folder for `model`, stacked, as they are stored on `mesh`.
+def check_import(folder: Path, say: Callable[[str], None]) -> Verification:
+    """Verify that a Hugging Face folder computes the same here, and comes back byte for byte.
 
-    A folder whose parameters have other names or
-    shapes is a UserError.
+    Raises UserError where it does not.
     """
-    folder = find_step(Path(path).expanduser())
-    key = "params" if read_config(folder / CONFIG).optim.ema_decay is None else "ema"
-    boxed = jax.eval_shape(model.init, jax.random.key(0))
-    order = model.schedule.order(model.config.num_layers)
-    layout = make_layout(*split_boxes(boxed), mesh, order)
-    return layout.to_stored(restore_params(folder, layout.exact, key))
+    settings = read_settings(folder)
+    family = family_of(settings)
+    say(f"reading {folder} ({settings['model_type']})")
+    model = read_model(folder)
+    tensors = family.canonical(read_tensors(folder), model.config)
+    for name, values in family.to_theirs(model.params, model.config):
+        if values.astype(tensors[name].dtype).tobytes() != tensors[name].tobytes():
+            raise UserError(f"tensor {name} of {folder} does not come back as it was")
+    say(f"all {len(tensors)} tensors come back byte for byte; comparing with transformers")
+    report = verify(TRANSFORMERS, model, folder, "float32", expected_of(model, None))
+    if not report.verified and report.prompts:
+        raise UserError(f"{folder} computes something else here: {report.reason}")
+    return report
 
 
 def generate(
@@ -213,7 +269,7 @@ def _check_settings(sampling: Sampling, **counts: int) -> None:
 
 
 def _encode_prompt(model: LanguageModel, text: str) -> list[int]:
-    ids = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
+    ids = [*model.prefix, *model.tokenizer.encode(text)] or [model.tokenizer.bos_id]
     longest = model.config.model.max_seq_len
     if len(ids) >= longest:
         raise UserError(

@@ -106,7 +106,7 @@ def _draw(path: str, config: Config, meshes: list[Mesh]) -> None:
     if not path.endswith(".svg"):
         raise UserError(f"--draw={path} is not the name of an SVG file: give one such as mesh.svg")
     boxed = jax.eval_shape(Decoder(config.model).init, jax.random.key(0))
-    batch = config.train.batch_size, config.model.max_seq_len
+    batch = config.train.batch_size, config.seq_len
     pictures = [picture(*split_boxes(boxed), batch, mesh) for mesh in meshes]
     try:
         Path(path).expanduser().write_text(stack_pictures(pictures), encoding="utf-8")
@@ -129,7 +129,7 @@ def _for_checking(config: Config, width: int | None) -> Config:
     optim = dataclasses.replace(config.optim, warmup_steps=0)
     say(
         f"{model.num_layers} layers of width {model.d_model}, vocabulary {model.vocab_size}, rows "
-        f"of {model.max_seq_len} tokens; float32, no warm-up"
+        f"of {config.seq_len} tokens; float32, no warm-up"
     )
     return dataclasses.replace(config, model=model, optim=optim, init_from=None)
 

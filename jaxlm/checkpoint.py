@@ -159,7 +159,7 @@ class Checkpoints:
             step_folder(self._run, step) for step in complete_steps(self._run) if step <= newest
         ]
         keep = set(folders[-self._keep :])
-        losses = {folder: loss for folder in folders if (loss := _valid_loss(folder)) is not None}
+        losses = {folder: loss for folder in folders if (loss := valid_loss(folder)) is not None}
         if self._keep_best and losses:
             keep.add(min(losses, key=losses.__getitem__))
         for folder in folders:
@@ -335,7 +335,7 @@ def _all_steps(run_folder: str | Path) -> list[int]:
     return sorted(step for folder in folders if (step := _step_of(folder)) is not None)
 
 
-def _valid_loss(folder: Path) -> float | None:
+def valid_loss(folder: Path) -> float | None:
     try:
         loss = json.loads((folder / METRICS).read_text(encoding="utf-8")).get("valid_loss")
     except (OSError, ValueError):

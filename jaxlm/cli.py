@@ -34,11 +34,13 @@ def parse_config(
     command: str,
     description: str,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    read_start: Callable[[str], dict] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
     """The experiment that `argv` asks for, and the command's own arguments.
 
     `command` is the module's name as the user types it; `add_arguments` adds what only this
-    command takes. Prints and exits for `--help` and `--print_config`. Raises UserError.
+    command takes; `read_start(init_from)` is the layer that lies under the others. Prints and
+    exits for `--help` and `--print_config`. Raises UserError.
     """
     parser = _parser(command, description)
     if add_arguments is not None:
@@ -57,7 +59,9 @@ def parse_config(
     for key in [k for k in arguments if k in keys]:
         _set(overrides, key, _read_value(key, arguments.pop(key), keys[key]))
     layers = read_yaml(Path(path)) if path else {}
-    config = build_config(layers, overrides, source=path)
+    start = overrides.get("init_from", layers.get("init_from"))
+    below = read_start(os.path.expanduser(start)) if read_start and start else None
+    config = build_config(layers, overrides, source=path, below=below)
     if config.out is None:
         config = dataclasses.replace(config, out=f"runs/{Path(path).stem if path else 'default'}")
     if printing:
@@ -127,10 +131,16 @@ def _out_of_memory(text: str) -> str:
     )
 
 
-def build_config(file: dict, overrides: dict | None = None, source: str | None = None) -> Config:
+def build_config(
+    file: dict,
+    overrides: dict | None = None,
+    source: str | None = None,
+    below: dict | None = None,
+) -> Config:
     """Merge a YAML file's mapping and the overrides over the preset, and check the whole.
 
-    Raises UserError, naming `source` for what stands in the file.
+    `below` stands in for a preset that neither names, and for sections that neither has. Raises
+    UserError, naming `source` for what stands in the file.
     """
     overrides = overrides or {}
     where = f" (in {source})" if source else ""
@@ -153,7 +163,13 @@ def build_config(file: dict, overrides: dict | None = None, source: str | None =
             f"model.preset={preset!r} would have no effect, because {source} sets every field of "
             "that preset itself: take them out of the file"
         )
-    merged = _merge(_merge({"model": dict(PRESETS[preset])}, file), overrides)
+    base = {"model": dict(PRESETS[preset])}
+    if below is not None:
+        chosen = "preset" in in_file or "preset" in in_line
+        given = {key for layer in (file, overrides) for key in layer}
+        kept = {k: v for k, v in below.items() if k != ("model" if chosen else "")}
+        base |= {k: v for k, v in kept.items() if k != "tokenizer" or k not in given}
+    merged = _merge(_merge(base, file), overrides)
     try:
         # As JSON: pydantic's strict mode takes mappings for dataclasses only there.
         return TypeAdapter(Config).validate_json(json.dumps(merged, default=str))

@@ -38,6 +38,8 @@ class DataConfig:
     """Share of documents held out (by a hash of the text) where data.valid is empty."""
     text_field: str = "text"
     """The field that holds the text in JSON lines, Parquet and datasets."""
+    seq_len: Count | None = None
+    """Tokens in a training row; null: model.max_seq_len (with init_from, 1024 at most)."""
     on_bad: Literal["skip", "error"] = "skip"
     """Invalid UTF-8: skip the document and count it, or stop."""
     cache: str | None = None
@@ -221,7 +223,8 @@ class Config:
     seed: Seed = 0
     """Seed of initialisation, data order and dropout."""
     init_from: PathText | None = None
-    """A run folder whose parameters training starts from; null: random."""
+    """A run or Hugging Face folder that training starts from: its parameters, and its model and
+    tokenizer settings where no others are given; null: random parameters."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -233,3 +236,13 @@ class Config:
 
     def __post_init__(self):
         parse_mesh(self.mesh)
+        if self.seq_len > self.model.max_seq_len:
+            raise UserError(
+                f"data.seq_len={self.seq_len} is more than the model handles (model.max_seq_len="
+                f"{self.model.max_seq_len}): lower it, or raise model.max_seq_len"
+            )
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a training row, resolved."""
+        return self.data.seq_len or self.model.max_seq_len

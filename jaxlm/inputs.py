@@ -23,7 +23,7 @@ class Inputs:
         self._config = config
         self._program = program
         self._prepared = prepared
-        shape = config.train.batch_size, config.model.max_seq_len
+        shape = config.train.batch_size, config.seq_len
         self._rows, owned = rows_held(batch_sharding(program.mesh), shape)
         self.owned = [i for i, row in enumerate(self._rows) if row in set(owned.tolist())]
         """Places, in what this process reads of a batch, of the rows that it answers for."""
@@ -34,7 +34,7 @@ class Inputs:
         rows = training_batches(
             self._prepared.train,
             self._prepared.weights,
-            seq_len=config.model.max_seq_len,
+            seq_len=config.seq_len,
             batch_size=config.train.batch_size,
             seed=config.seed,
             start_step=start_step,
@@ -62,7 +62,7 @@ class Inputs:
         config = self._config
         for rows in validation_batches(
             self._prepared.valid,
-            seq_len=config.model.max_seq_len,
+            seq_len=config.seq_len,
             batch_size=config.train.batch_size,
             limit=config.train.eval_batches,
             rows=None if whole else self._rows,

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxlm.axes import MESH_AXES, OPEN, format_mesh, parse_mesh
 from jaxlm.errors import UserError
+from jaxlm.xla import keep_order_on_cpu
 
 MOST_VIRTUAL_DEVICES = 1024
 # Axes that any model can use: the first to be proposed instead of a mesh that does not work.
@@ -141,7 +142,10 @@ def _factorisations(number: int, count: int) -> Iterator[tuple[int, ...]]:
 def _provide_cpu_devices(count: int) -> None:
     """Ask for virtual CPU devices. They cost nothing where a GPU turns out to be there."""
     count = min(count, MOST_VIRTUAL_DEVICES)
-    if count == 1 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    if count == 1:
+        return
+    keep_order_on_cpu()
+    if "xla_force_host_platform_device_count" in os.environ["XLA_FLAGS"]:
         return
     # Too late once JAX has started: make_mesh then counts what there is.
     if jax.config.jax_num_cpu_devices < count:

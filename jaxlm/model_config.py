@@ -90,7 +90,7 @@ class ModelConfig:
     vocab_size: Count | None = None
     """Number of tokens; left out, it is the tokenizer's."""
     max_seq_len: Count = 256
-    """Tokens in a training row, and the longest text the model handles."""
+    """The longest text the model handles, and, without data.seq_len, tokens in a training row."""
     d_model: Count = 192
     """Width of the residual stream."""
     num_layers: Count = 4

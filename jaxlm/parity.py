@@ -32,7 +32,7 @@ LATER_TOLERANCE = 1e-4
 def random_batch(config: Config, seed: int) -> Batch:
     """Rows packed with documents of random lengths, some with padding behind the last."""
     rng = np.random.default_rng(seed)
-    shape = config.train.batch_size, config.model.max_seq_len + 1
+    shape = config.train.batch_size, config.seq_len + 1
     starts = rng.random(shape) < 4 / shape[1]
     starts[:, 0] = True
     segments = np.cumsum(starts, axis=1)

@@ -8,11 +8,20 @@ import sys
 import time
 from pathlib import Path
 
-from jaxlm.checkpoint import CONFIG, STATE, complete_steps, latest_sound, step_folder, verify
+from jaxlm.checkpoint import (
+    CONFIG,
+    STATE,
+    complete_steps,
+    latest_sound,
+    step_folder,
+    valid_loss,
+    verify,
+)
 from jaxlm.cli import dump_config, flatten, read_config
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared
 from jaxlm.errors import UserError, show
+from jaxlm.export.huggingface import is_model_folder
 from jaxlm.processes import Group
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
@@ -32,10 +41,11 @@ CHANGEABLE = (
 CHANGEABLE += ("train.eval_every", "train.sample_")
 
 
-def find_step(path: Path) -> Path:
-    """The step folder that `path` is, or the newest sound one of the run that it is.
+def find_step(path: Path, which: str = "last") -> Path:
+    """The step folder that `path` is, or one of the run that it is.
 
-    Raises UserError for a path that is neither and for a damaged checkpoint.
+    `which` is "last", the newest sound one, "best", that of the lowest validation loss, or the
+    number of a step. Raises UserError for a path that is neither and for a damaged checkpoint.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder such as runs/default")
@@ -52,10 +62,6 @@ def find_step(path: Path) -> Path:
             f"{path} holds both {CONFIG} (a run) and config.json (an exported model): keep them in "
             "folders of their own"
         )
-    if is_other:
-        raise UserError(
-            f"{path} is a Hugging Face folder, which this version cannot load yet: give a run's"
-        )
     if not is_run and path.name == "checkpoints":
         raise UserError(f"{path} is a run's folder of checkpoints: give its parent, {path.parent}")
     if not is_run:
@@ -63,10 +69,18 @@ def find_step(path: Path) -> Path:
             f"{path} is not a run folder: it has no {CONFIG} and no checkpoints; give what train's "
             "--out was, such as runs/default"
         )
-    step = latest_sound(path, _warn)
-    if step is None:
+    steps = complete_steps(path)
+    if not steps:
         raise UserError(f"run {path} has no complete checkpoint yet: train it for longer")
-    return step_folder(path, step)
+    if which == "last":
+        return step_folder(path, latest_sound(path, _warn))
+    if which == "best":
+        losses = {step: valid_loss(step_folder(path, step)) for step in steps}
+        losses = {step: loss for step, loss in losses.items() if loss is not None}
+        return find_step(step_folder(path, min(losses, key=losses.get, default=steps[-1])))
+    if which not in map(str, steps):
+        raise UserError(f"run {path} has no step {which!r}: it has {', '.join(map(str, steps))}")
+    return find_step(step_folder(path, int(which)))
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -108,11 +122,12 @@ def claim(run: Path, config: Config, prepared: Prepared) -> None:
                 "that data, or give another --out"
             )
     elif config.init_from is not None:
-        theirs = load_tokenizer(find_step(Path(config.init_from)))
+        start = Path(config.init_from)
+        theirs = load_tokenizer(start if is_model_folder(start) else find_step(start))
         if theirs.fingerprint != prepared.tokenizer.fingerprint:
             raise UserError(
                 f"init_from={config.init_from} was trained with another tokenizer: set "
-                "tokenizer.kind=file and tokenizer.path to the one in its newest step folder"
+                "tokenizer.kind=file and tokenizer.path to its own, or leave them out"
             )
     write_atomically(run / DATA, json.dumps(data))
     write_atomically(run / CONFIG, dump_config(config))

@@ -229,9 +229,10 @@ def _misfit(config: Config, sizes: dict[str, int], training: bool) -> str | None
 
 def _training_misfit(config: Config, sizes: dict[str, int]) -> str | None:
     model, train, cp, pp = config.model, config.train, sizes["cp"], sizes["pp"]
-    if model.max_seq_len % (2 * cp) and cp > 1:
+    if config.seq_len % (2 * cp) and cp > 1:
+        name = "data.seq_len" if config.data.seq_len else "model.max_seq_len"
         return (
-            f"model.max_seq_len={model.max_seq_len} does not divide into 2 x cp = {2 * cp} chunks: "
+            f"{name}={config.seq_len} does not divide into 2 x cp = {2 * cp} chunks: "
             f"use a multiple of {2 * cp}"
         )
     if cp > 1 and (model.attention_dropout or model.attention not in ("auto", "blocked")):

@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 
 from jaxlm import processes, profiling
-from jaxlm.api import load_params
 from jaxlm.checkpoint import Checkpoints, latest_sound, restore_state, step_folder
 from jaxlm.cli import EXIT_PREEMPTED, dump_config, flatten, parse_config, run_command
 from jaxlm.config import Config
@@ -21,6 +20,7 @@ from jaxlm.errors import UserError
 from jaxlm.flops import peak_flops, training_flops_per_token
 from jaxlm.inputs import Inputs
 from jaxlm.liveness import Stall
+from jaxlm.loading import load_params, starting_point
 from jaxlm.mesh import batch_shards, enable_compilation_cache, make_mesh
 from jaxlm.monitor import Display, Meter, MetricsLog, NoLog
 from jaxlm.optim import learning_rate, make_optimizer
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
         command="jaxlm.train",
         description="Train a language model. The same command again continues the run.",
         add_arguments=add_arguments,
+        read_start=starting_point,
     )
     steps = profiling.parse_steps(getattr(arguments, "profile", None))
     with joined(find_launch(arguments, os.environ)) as group:
@@ -214,7 +215,7 @@ class Trainer:
 
     def _meter(self) -> Meter:
         config, mesh = self.config, self.program.mesh
-        length = config.model.max_seq_len
+        length = config.seq_len
         peak = peak_flops(mesh.devices.flat[0].device_kind, self.model.dtype.name)
         return Meter(
             self.log,
@@ -234,7 +235,7 @@ class Trainer:
 
     @property
     def _tokens_per_step(self) -> int:
-        return self.config.train.batch_size * self.config.model.max_seq_len
+        return self.config.train.batch_size * self.config.seq_len
 
     def _restore(self, say: Callable[[str], None]) -> TrainState | None:
         # One process looks at the bytes, and all use what it found.

@@ -1,6 +1,7 @@
-"""XLA's options that overlap collectives with compute: the one place where they are listed."""
+"""The options that XLA compiles with on a mesh: the one place where they are listed."""
 
 import functools
+import os
 
 import jax
 
@@ -15,6 +16,20 @@ NVIDIA_OVERLAP = {
     "xla_gpu_enable_pipelined_p2p": True,
     "xla_gpu_enable_while_loop_double_buffering": True,
 }
+
+
+# Where two chains of collectives do not depend on each other, such as a metric's loop and the
+# backward pass, XLA's CPU devices may take them in different orders, and wait for each other for
+# ever, unless instructions keep the order they have.
+# `compiler_options` does not reach this one.
+CPU_IN_ORDER = "xla_cpu_enable_concurrency_optimized_scheduler"
+
+
+def keep_order_on_cpu() -> None:
+    """Make several CPU devices take collectives in one order, if JAX has not started yet."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if CPU_IN_ORDER not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{CPU_IN_ORDER}=false".strip()
 
 
 def compiler_options(overlap: bool) -> dict[str, bool] | None:

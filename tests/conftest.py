@@ -7,7 +7,10 @@ import hypothesis
 import jax
 import pytest
 
+from jaxlm.xla import keep_order_on_cpu
+
 jax.config.update("jax_num_cpu_devices", 8)
+keep_order_on_cpu()
 
 # A busy machine is not a failure, and the same examples each time make a failure repeatable.
 hypothesis.settings.register_profile("jaxlm", deadline=None, derandomize=True)

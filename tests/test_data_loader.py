@@ -126,7 +126,7 @@ def test_weights_are_kept_and_no_source_runs_dry(files):
 
 
 def test_too_few_rows_for_a_batch(files):
-    message = r"33 rows of model\.max_seq_len=8, fewer than train\.batch_size=34.* to 33 or less"
+    message = r"33 rows of 8 tokens .*, fewer than train\.batch_size=34.* to 33 or less"
     with pytest.raises(UserError, match=message):
         training_batches(**arguments(files, batch_size=34))
 

@@ -83,9 +83,9 @@ def training_batches(
     num_rows = sum(map(len, sources))
     if num_rows < batch_size:
         raise UserError(
-            f"the training text has {num_rows} rows of model.max_seq_len={seq_len}, fewer than "
-            f"train.batch_size={batch_size}: give it more text, or set train.batch_size to "
-            f"{num_rows} or less"
+            f"the training text has {num_rows} rows of {seq_len} tokens (data.seq_len or "
+            f"model.max_seq_len), fewer than train.batch_size={batch_size}: give it more text, or "
+            f"set train.batch_size to {num_rows} or less"
         )
     # Neighbouring seeds would share orders: Grain's shuffle adds the epoch to the seed.
     seeds = map(int, np.random.SeedSequence(seed).generate_state(len(sources)))

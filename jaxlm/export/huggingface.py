@@ -16,6 +16,7 @@ from jaxlm.errors import UserError
 from jaxlm.export.families import family_of
 from jaxlm.export.safetensors import read_tensors, write_tensors
 from jaxlm.export.table import Family, as_tree, by_path
+from jaxlm.export.vocabulary import write_tokenizer
 from jaxlm.model_config import ModelConfig
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
@@ -130,6 +131,8 @@ class Model:
     params: object
     """Stacked, in logical shapes."""
     tokenizer: Tokenizer
+    prefix: list[int]
+    """Ids that every text starts with."""
     facts: Mapping[str, Any]
     """Figures for the model card, by name."""
 
@@ -145,8 +148,6 @@ def write_model(folder: Path, family: Family, model: Model, dtype: str, file_byt
     settings |= ids | {"dtype": dtype, "torch_dtype": dtype, "use_cache": True}
     _write_json(folder / SETTINGS, settings)
     _write_json(folder / "generation_config.json", ids | {"_from_model_config": True})
-    from jaxlm.export.vocabulary import write_tokenizer
-
     write_tokenizer(model.tokenizer, folder, model.config.max_seq_len)
     (folder / "README.md").write_text(_card(model, family, dtype), encoding="utf-8")
     write_tensors(

@@ -53,15 +53,16 @@ def write_tensors(
     tensors: Iterable[tuple[str, np.ndarray]],
     dtype: np.dtype,
     file_bytes: int,
+    file_name: str = WEIGHTS,
 ) -> None:
     """Write `tensors`, which come in the order of `shapes`, cast to `dtype`.
 
     A file holds `file_bytes` at most, unless a tensor alone is larger; several get an index.
     """
     files = _split(shapes, dtype, file_bytes)
-    names = [WEIGHTS]
+    names = [file_name]
     if len(files) > 1:
-        stem = WEIGHTS.removesuffix(".safetensors")
+        stem = file_name.removesuffix(".safetensors")
         total = len(files)
         names = [f"{stem}-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
         index = {

@@ -152,7 +152,7 @@ class Family:
         first part, for a tensor that is missing, not known, or of another shape.
         """
         shapes = shapes_of(config)
-        tensors = self._canonical(tensors, config)
+        tensors = self.canonical(tensors, config)
         self._check(tensors, config)
         for row in self.rows(shapes):
             for index in _counted(row, shapes[row.parts[0]]):
@@ -219,7 +219,7 @@ class Family:
             )
         return rows
 
-    def _canonical(self, tensors: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    def canonical(self, tensors: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         """The tensors by their full names, without buffers and second copies."""
         if self.prefix and not any(name.startswith(self.prefix) for name in tensors):
             tensors = {self.prefix + name: tensor for name, tensor in tensors.items()}

@@ -1,0 +1,105 @@
+"""Writing a model for another stack: beside its place first, and there once it is verified."""
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from jaxlm.errors import UserError, nearest
+from jaxlm.export import verify
+from jaxlm.export.families import family_for
+from jaxlm.export.gguf import write_gguf
+from jaxlm.export.huggingface import Model, write_model
+from jaxlm.export.stablehlo import write_stablehlo
+from jaxlm.export.verify import Verification, expected_of
+from jaxlm.export.vocabulary import write_tokenizer
+
+STACKS: Mapping[str, verify.Stack] = {
+    "hf": verify.TRANSFORMERS,
+    "gguf": verify.LLAMA_CPP,
+    "stablehlo": verify.STABLEHLO,
+}
+GGUF_FILE = "model.gguf"
+
+
+def export_model(
+    model: Model,
+    to: str,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    family: str | None = None,
+    file_bytes: int,
+    skip: bool = False,
+    say: Callable[[str], None],
+) -> Verification:
+    """Write a model into the new folder `out`, in the form of `to`, and verify it there.
+
+    `skip` leaves the verification out. Raises UserError for an `out` that exists, for a model that
+    cannot be written so, and, with nothing left behind, for one that computes something else
+    there.
+    """
+    stack = check_target(to, dtype, out)
+    with _beside(out) as draft:
+        say(f"writing {out} ({to}, {dtype})")
+        path = _write(model, to, draft, dtype, family, file_bytes)
+        if skip:
+            report = verify.skipped(stack, dtype)
+        else:
+            say(f"verifying it with {stack.package}")
+            rounded = None if dtype == "float32" or dtype not in verify.ROUNDED else dtype
+            report = verify.verify(stack, model, path, dtype, expected_of(model, rounded))
+            if not report.verified and report.prompts:
+                raise UserError(
+                    f"the export to {to} is not the model, nothing was kept: {report.reason}"
+                )
+        report.write(draft)
+        draft.rename(out)
+    return report
+
+
+def check_target(to: str, dtype: str, out: Path) -> verify.Stack:
+    """The stack that `to` names. Raises UserError for one that is not known, and so on."""
+    if to not in STACKS:
+        raise UserError(f"to={to!r} is not known{nearest(to, STACKS)} (use {', '.join(STACKS)})")
+    types = STACKS[to].tolerance
+    if dtype not in types:
+        raise UserError(f"dtype={dtype!r} cannot be written to {to}: use {', '.join(types)}")
+    if out.exists():
+        raise UserError(f"{out} exists: give another folder, or remove it first")
+    return STACKS[to]
+
+
+def _write(model: Model, to: str, folder: Path, dtype: str, family, file_bytes: int) -> Path:
+    """Write all files; returns the path that the other stack is given."""
+    if to == "stablehlo":
+        write_stablehlo(folder, model, dtype)
+        write_tokenizer(model.tokenizer, folder, model.config.max_seq_len)
+        return folder
+    table = family_for(model.config, family)
+    if to == "hf":
+        write_model(folder, table, model, dtype, file_bytes)
+        return folder
+    settings = table.config_to_theirs(model.config)
+    tensors = table.to_theirs(model.params, model.config)
+    write_gguf(folder / GGUF_FILE, settings, tensors, model.tokenizer, dtype)
+    return folder / GGUF_FILE
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, removed where anything fails."""
+    draft = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        yield draft
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "has no space left" if full else f"cannot be written to ({error.strerror})"
+        raise UserError(f"{out.parent} {what}: nothing was kept; give another --out") from None
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise

@@ -81,6 +81,11 @@ class ExpertsConfig:
             )
 
 
+def _norm_name(value):
+    """Runs of before OLMo 2 was known have true or false."""
+    return ("none", "head")[value] if isinstance(value, bool) else value
+
+
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """The decoder. One set of fields spans GPT-2, Llama, Mistral, Qwen and Gemma."""
@@ -119,7 +124,7 @@ class ModelConfig:
     """Before each sub-layer, after it (OLMo 2), or before and after it (Gemma 2 and 3)."""
     parallel_residual: bool = False
     """Attention and feed-forward both read the layer's input, and are added together (GPT-NeoX)."""
-    qk_norm: Literal["none", "head", "all"] = "none"
+    qk_norm: Annotated[Literal["none", "head", "all"], BeforeValidator(_norm_name)] = "none"
     """RMSNorm on queries and keys: per head (Qwen 3, Gemma 3), or over all heads (OLMo 2)."""
     qkv_bias: bool = False
     """Bias on query, key and value projections."""

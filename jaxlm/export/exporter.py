@@ -21,6 +21,10 @@ STACKS: Mapping[str, verify.Stack] = {
     "stablehlo": verify.STABLEHLO,
 }
 GGUF_FILE = "model.gguf"
+HINTS = {
+    ("hf", "qwen2"): "; transformers reads the tokenizer of every qwen2 model as Qwen's own: use "
+    "Qwen's, or train with model.qkv_bias=false",
+}
 
 
 def export_model(
@@ -41,19 +45,19 @@ def export_model(
     there.
     """
     stack = check_target(to, dtype, out)
+    table = None if to == "stablehlo" else family_for(model.config, family)
     with _beside(out) as draft:
         say(f"writing {out} ({to}, {dtype})")
-        path = _write(model, to, draft, dtype, family, file_bytes)
+        path = _write(model, to, draft, dtype, table, file_bytes)
         if skip:
             report = verify.skipped(stack, dtype)
         else:
-            say(f"verifying it with {stack.package}")
-            rounded = None if dtype == "float32" or dtype not in verify.ROUNDED else dtype
+            say(f"verifying it with {stack.name}")
+            rounded = dtype if dtype in verify.ROUNDED else None
             report = verify.verify(stack, model, path, dtype, expected_of(model, rounded))
             if not report.verified and report.prompts:
-                raise UserError(
-                    f"the export to {to} is not the model, nothing was kept: {report.reason}"
-                )
+                hint = HINTS.get((to, table and table.model_type), "")
+                raise UserError(f"{stack.name} runs another model: {report.reason}{hint}")
         report.write(draft)
         draft.rename(out)
     return report
@@ -71,13 +75,12 @@ def check_target(to: str, dtype: str, out: Path) -> verify.Stack:
     return STACKS[to]
 
 
-def _write(model: Model, to: str, folder: Path, dtype: str, family, file_bytes: int) -> Path:
+def _write(model: Model, to: str, folder: Path, dtype: str, table, file_bytes: int) -> Path:
     """Write all files; returns the path that the other stack is given."""
     if to == "stablehlo":
         write_stablehlo(folder, model, dtype)
         write_tokenizer(model.tokenizer, folder, model.config.max_seq_len)
         return folder
-    table = family_for(model.config, family)
     if to == "hf":
         write_model(folder, table, model, dtype, file_bytes)
         return folder

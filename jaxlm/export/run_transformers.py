@@ -39,7 +39,8 @@ def main(request: dict) -> None:
             made = model.generate(tokens, attention_mask=torch.ones_like(tokens))
             answer[f"greedy_{i}"] = made[0, len(prompt) :].numpy()
     for i, text in enumerate(request["texts"]):
-        answer[f"ids_{i}"] = np.array(tokenizer(text).input_ids, np.int64)
+        ids = tokenizer(text, **request["tokenizing"]).input_ids
+        answer[f"ids_{i}"] = np.array(ids, np.int64)
     np.savez(request["out"], **answer)
 
 

@@ -13,6 +13,7 @@ included.
 """
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.errors import UserError
 from jaxlm.export.huggingface import Model
 from jaxlm.export.safetensors import write_tensors
 from jaxlm.export.table import as_tree, by_path
@@ -36,8 +38,11 @@ SIGNATURE = "signature.json"
 def write_stablehlo(folder: Path, model: Model, dtype: str) -> None:
     """Write the functions and parameters of a model into an empty folder.
 
-    Parameters are stored as `dtype`; the functions compute in float32.
+    Parameters are stored as `dtype`; the functions compute in float32. Raises UserError where
+    flatbuffers is not installed.
     """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise UserError("StableHLO export needs flatbuffers: pip install 'jaxlm[stablehlo]'")
     config = dataclasses.replace(
         model.config, dtype="float32", attention="plain", dropout=0.0, attention_dropout=0.0
     )
@@ -73,14 +78,16 @@ def _functions(decoder: Decoder) -> dict:
     """Each function with the shapes of its inputs behind the parameters."""
     length = decoder.config.max_seq_len
     rows, columns = jax.export.symbolic_shape("b, t", constraints=[f"t <= {length}"])
+    # A scope of its own: every name of one has to appear in a function's inputs.
+    (steps,) = jax.export.symbolic_shape("b")
     i32 = jnp.int32
     cache = jax.eval_shape(lambda: _flat(decoder.init_cache(1, length)))
     cache = [
-        jax.ShapeDtypeStruct((rows, *leaf.shape[1:]) if leaf.shape else (), leaf.dtype)
+        jax.ShapeDtypeStruct((steps, *leaf.shape[1:]) if leaf.shape else (), leaf.dtype)
         for leaf in cache
     ]
     tokens = jax.ShapeDtypeStruct((rows, columns), i32)
-    per_row = jax.ShapeDtypeStruct((rows,), i32)
+    lengths, last = (jax.ShapeDtypeStruct((n,), i32) for n in (rows, steps))
 
     def tree_of(params):
         tree = jax.tree.map(lambda p: p.astype(jnp.float32), as_tree(params))
@@ -111,8 +118,8 @@ def _functions(decoder: Decoder) -> dict:
 
     return {
         "forward": (forward, (tokens,)),
-        "prefill": (prefill, (tokens, per_row)),
-        "decode": (decode, (per_row, cache)),
+        "prefill": (prefill, (tokens, lengths)),
+        "decode": (decode, (last, cache)),
     }
 
 

@@ -64,9 +64,9 @@ def attention(
     """
     drops = dropout is not None and dropout_rate > 0
     among_themselves = queries is keys
+    ring = _ring_size() if among_themselves else 1
     # A row of one token, as in initialisation, is not split.
-    ring = _ring_size() if among_themselves and q_btnh.shape[1] > 1 else 1
-    if ring > 1:
+    if ring > 1 and q_btnh.shape[1] > 1:
         _check_ring(ring, backend, drops)
         # Blocks divide a chunk if they can: one from the early into the late is rarely skipped.
         chunk = -(-q_btnh.shape[1] // (2 * ring))

@@ -25,6 +25,7 @@ from jaxlm.config import Config
 from jaxlm.errors import NonFiniteError, UserError, nearest, show
 from jaxlm.model_config import ModelConfig
 from jaxlm.presets import PRESETS
+from jaxlm.yaml_file import Loader, read_yaml
 
 EXIT_USER_ERROR, EXIT_NONFINITE, EXIT_PREEMPTED, EXIT_LOST = 2, 3, 75, 76
 
@@ -192,53 +193,6 @@ def flatten(config: Config) -> dict[str, object]:
     return {key: _get(config, key) for key, _ in _leaves(Config)}
 
 
-def read_yaml(path: Path) -> dict:
-    """A YAML mapping; empty for an empty file. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = nearest(path.stem, [p.stem for p in path.parent.glob("*.yaml")])
-        raise UserError(f"config file {path} does not exist{near}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from None
-    try:
-        content = yaml.load(text, Loader=_Loader)
-        json.dumps(content, default=str)  # refuses what a config cannot hold: dates as keys, cycles
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"config file {path} is not valid YAML{line}: {error.problem}") from None
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"config file {path} holds what a config cannot: {error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"config file {path} holds {content!r}: write sections and keys")
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with `3e-4` a number and a key given twice an error."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        own = [pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge"]
-        for key_node, _ in own:
-            key = str(self.construct_object(key_node, deep=True))
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
 def _dataclass_in(annotation) -> type | None:
     """The dataclass that an annotation such as `RopeScaling | None` holds."""
     options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
@@ -336,7 +290,7 @@ def _read_value(key: str, text: str, hint) -> object:
     if is_text or (_metavar(hint) == "LIST" and not text.startswith("[")):
         return None if text == "null" else text
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=Loader)
     except yaml.YAMLError:
         raise UserError(f"--{key}={text!r} is not valid YAML") from None
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxlm"
 
 # Rooms from the ground up; a package is one room with all its modules.
 FLOORS = [
-    {"errors", "axes", "values", "model_config", "config", "presets", "cli"},
+    {"errors", "axes", "values", "model_config", "config", "presets", "yaml_file", "cli"},
     {
         "mesh",
         "collectives",
@@ -30,7 +30,7 @@ FLOORS = [
     {"tasks", "checkpoint"},
     {"step", "decode"},
     {"export"},
-    {"api", "run_folder", "inputs", "validation", "parity"},
+    {"api", "loading", "run_folder", "inputs", "validation", "parity"},
     {"train", "prepare", "evaluate", "check", "sample", "bench", "export.__main__"},
     {"__init__"},
 ]

@@ -56,9 +56,10 @@ def _read_gemma3(settings: dict[str, Any]) -> dict[str, Any]:
     every = settings.get("sliding_window_pattern", 6)
     settings = {"sliding_window": 4096} | read_two_ropes(settings)
     settings = windows.read_layers(settings, lambda settings, i: (i + 1) % every != 0)
-    pattern = settings["layer_pattern"]
-    if "local" not in pattern:
+    if "local" not in settings["layer_pattern"]:
         settings["rope_local_base_freq"] = None
+    if "global" not in settings["layer_pattern"]:
+        settings |= {"rope_theta": 10_000.0, "rope_scaling": None}
     return _read_scale(settings, 256)
 
 

@@ -126,7 +126,7 @@ def expected_of(model: Model, dtype: str | None) -> Expected:
     )
     decoder, params = Decoder(config), model.params
     if dtype is not None:
-        # By NumPy, as they are written: XLA's CPU takes the smallest float16 for zeros.
+        # By NumPy, as they are written.
         round_ = lambda x: jnp.asarray(np.asarray(x).astype(dtype).astype(x.dtype))  # noqa: E731
         params = jax.tree.map(round_, params)
     prefix = model.prefix or [model.tokenizer.bos_id]

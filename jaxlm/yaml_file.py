@@ -1,0 +1,56 @@
+"""YAML files that hold what a config can hold, and nothing twice."""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from jaxlm.errors import UserError, nearest
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML mapping; empty for an empty file. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = nearest(path.stem, [p.stem for p in path.parent.glob("*.yaml")])
+        raise UserError(f"config file {path} does not exist{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
+    try:
+        content = yaml.load(text, Loader=Loader)
+        json.dumps(content, default=str)  # refuses what a config cannot hold: dates as keys, cycles
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"config file {path} is not valid YAML{line}: {error.problem}") from None
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"config file {path} holds what a config cannot: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"config file {path} holds {content!r}: write sections and keys")
+    return content
+
+
+class Loader(yaml.SafeLoader):
+    """YAML with `3e-4` a number and a key given twice an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        own = [pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge"]
+        for key_node, _ in own:
+            key = str(self.construct_object(key_node, deep=True))
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)

@@ -1,20 +1,63 @@
 """Every test sees eight virtual CPU devices; runs and corpora that tests share."""
 
+import mmap
+import os
 import random
+import shutil
+import tempfile
 from pathlib import Path
 
 import hypothesis
 import jax
+import jaxlib
 import pytest
 
 from jaxlm.xla import keep_order_on_cpu
 
+# Most of the suite's time is XLA's, for programs that run for milliseconds. So this process and
+# those that tests start compile to slower code, in a third of the time, and share what they
+# compiled, but nothing with another session: a cache that is there would hide what is slow or
+# says something. `as_users_have_it` is the environment for a process that optimises.
+CACHE = tempfile.mkdtemp(prefix="jaxlm_tests_xla_")
+FLAGS = os.environ.get("XLA_FLAGS", "")
+QUICK_EMITTERS = "xla_cpu_use_fusion_emitters"
+
+
+def knows(flag: str) -> bool:
+    """Whether the installed XLA has a flag; it ends a process that asks for another."""
+    for library in Path(jaxlib.__file__).parent.glob("libjax_common.*"):
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as m:
+            return m.find(f"\0{flag}\0".encode()) >= 0
+    return False
+
+
+def as_users_have_it() -> dict[str, str]:
+    """The environment for a process that compiles and caches as it would outside of the tests."""
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": FLAGS}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    return environment
+
+
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+# JAX chose 1 when it was imported, before jaxlm could: a user's process says less.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+if knows(QUICK_EMITTERS):
+    os.environ["XLA_FLAGS"] = f"{FLAGS} --{QUICK_EMITTERS}=false".strip()
+# This process's JAX has read its variables already.
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_num_cpu_devices", 8)
 keep_order_on_cpu()
 
 # A busy machine is not a failure, and the same examples each time make a failure repeatable.
 hypothesis.settings.register_profile("jaxlm", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("jaxlm")
+
+
+def pytest_unconfigure():
+    """Remove the cache when the session ends."""
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 TINY_RUN = {
@@ -68,15 +111,9 @@ def trained_run(corpus, tmp_path_factory) -> Path:
     return home / "run"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def quick_compile():
-    """Compile in less time to slower code, for tests of many small programs.
-
-    For a whole module, because a change of it compiles everything again.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    """For modules that ask for what all of them have by now."""
 
 
 @pytest.fixture

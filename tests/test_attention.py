@@ -16,7 +16,7 @@ from jaxlm.errors import UserError
 from jaxlm.nn.attention import Places, attention
 from jaxlm.nn.layers import Dropout
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "strict")
+pytestmark = pytest.mark.usefixtures("strict")
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 7, 6, 2, 4
 PACKED = Places(

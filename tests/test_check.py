@@ -15,8 +15,6 @@ from jaxlm.mesh import make_mesh
 from jaxlm.parallel import ring
 from jaxlm.presets import PRESETS
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL = {
     "model.vocab_size": 61,
     "model.max_seq_len": 16,

@@ -25,9 +25,6 @@ from jaxlm.models import decoder
 from jaxlm.optim import learning_rate, make_optimizer
 from jaxlm.step import build_model, build_program
 
-# The same collectives come out of it, sooner.
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SCALARS = 64  # bytes of counts, losses and norms that go with a reduction
 FLOAT = 4
 

@@ -18,8 +18,6 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.nn.attention import Places
 from jaxlm.step import build_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = tiny_config(
     model={
         "max_seq_len": 64,

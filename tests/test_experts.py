@@ -12,8 +12,6 @@ from jaxlm.parallel.experts import run_experts
 from jaxlm.sharding import replicated_sharding
 from jaxlm.step import on_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 BATCH, LENGTH, WIDTH, FF, EXPERTS = 8, 6, 4, 6, 8
 AXES = {"up": ("experts", "embed", "mlp"), "down": ("experts", "mlp", "embed")}
 MESHES = ["ep4", "ep2,tp2,dp2"]

@@ -13,7 +13,7 @@ from jaxlm.nn import flash
 from jaxlm.nn.attention import attention
 from jaxlm.nn.flash import Places, flash_attention
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "strict")
+pytestmark = pytest.mark.usefixtures("strict")
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 22, 6, 2, 4
 SCALE = 0.6

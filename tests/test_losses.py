@@ -8,7 +8,7 @@ import torch
 
 from jaxlm.losses import blocked_cross_entropy, blocked_token_nll
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "strict")
+pytestmark = pytest.mark.usefixtures("strict")
 
 BATCH, LENGTH, D_MODEL, VOCAB = 2, 11, 6, 17
 Z_LOSS = 0.01

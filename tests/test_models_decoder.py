@@ -20,7 +20,7 @@ from jaxlm.nn.attention import Places
 from jaxlm.nn.layers import Dropout, residual_std
 from jaxlm.sharding import split_boxes
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "strict")
+pytestmark = pytest.mark.usefixtures("strict")
 
 LLAMA = FAMILIES["llama"]
 

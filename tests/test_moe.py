@@ -18,7 +18,7 @@ from jaxlm.nn.moe import Experts, auxiliary_loss, balance, metrics, route, top_k
 from jaxlm.sharding import replicated_sharding, split_boxes
 from jaxlm.step import on_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "strict")
+pytestmark = pytest.mark.usefixtures("strict")
 
 BATCH, LENGTH, WIDTH, FF = 4, 7, 8, 6
 

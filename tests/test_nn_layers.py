@@ -13,7 +13,7 @@ from jaxlm.model_config import ModelConfig, RopeScaling
 from jaxlm.nn.layers import MLP, Dense, Dropout, Embed, Norm, apply_rope, rope_angles
 from jaxlm.sharding import split_boxes
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "strict")
+pytestmark = pytest.mark.usefixtures("strict")
 
 EPS = 1e-3
 NARROW = {"d_model": 8, "num_heads": 4}

@@ -14,8 +14,6 @@ from tiny import exact, make_program, random_batch, tiny_config
 from jaxlm.optim import make_optimizer
 from jaxlm.sharding import path_name
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # Meshes, and what else the run on them has: two rounds of an interleaved pipeline, accumulation.
 DENSE = ["dp2,fsdp2,tp2", "pp2,dp2,tp2", "cp4,dp2"]
 MORE_DENSE = ["dp8", "fsdp8", "fsdp6", "tp3", "dp2,tp3", "pp2,tp2", "dp2,fsdp2,tp2 muon", "pp4,dp2"]

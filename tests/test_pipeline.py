@@ -17,8 +17,6 @@ from jaxlm.parallel.pipeline import Schedule, make_schedule, run_pipeline
 from jaxlm.sharding import replicated_sharding
 from jaxlm.step import on_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 WIDTH = 4
 
 

@@ -18,7 +18,7 @@ from jaxlm.nn.flash import Places
 from jaxlm.parallel.ring import ring_attention, ring_order
 from jaxlm.sharding import mesh_axes
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "strict")
+pytestmark = pytest.mark.usefixtures("strict")
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 32, 4, 2, 4
 SCALE = 0.6

@@ -26,8 +26,6 @@ from jaxlm.sharding import (
 )
 from jaxlm.step import on_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def test_logical_axes_become_mesh_axes():
     assert mesh_axes(("layers", "embed", "mlp")) == P("pp", "fsdp", "tp")

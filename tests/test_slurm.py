@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons are started as root only"),
 ]
 
-STEPS = 200
+STEPS = 120
 SCRIPT = Path(__file__).parents[1] / "launch" / "slurm.sbatch"
 CONF = """
 ClusterName=test
@@ -117,22 +117,21 @@ def state_of(slurm, job: str) -> str:
 
 def test_a_preempted_job_goes_back_into_the_queue_and_ends(slurm, tmp_path, small_run):
     run, log = tmp_path / "run", tmp_path / "job.log"
-    arguments = small_run(out=run, mesh="dp2,tp2", train__steps=STEPS, checkpoint__every_steps=100)
+    arguments = small_run(out=run, mesh="dp2,tp2", train__steps=STEPS, checkpoint__every_steps=60)
     environment = slurm | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     sizes = ["--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0"]
     options = [*sizes, "--time=10", f"--output={log}"]
     submit = ["sbatch", "--parsable", *options, str(SCRIPT), *arguments]
     job = command(environment, *submit).strip()
     try:
-        wait_until(lambda: max(steps_in(run), default=0) >= 5, 120)
+        wait_until(lambda: steps_in(run), 120)
         command(slurm, "scancel", "--signal=USR1", "--batch", job)
         wait_until(lambda: state_of(slurm, job) == "PENDING", 60)
         stopped_at = complete_steps(run)[-1]
-        assert 5 <= stopped_at < STEPS
+        assert 1 <= stopped_at < STEPS
         wait_until(lambda: state_of(slurm, job) in ("COMPLETED", "FAILED", "TIMEOUT"), 180)
     except AssertionError as error:
         text = log.read_text() if log.exists() else "no log"

@@ -17,8 +17,6 @@ from jaxlm.sharding import split_boxes
 from jaxlm.step import Program, accumulate, eval_step, train_step
 from jaxlm.tasks.language_modelling import loss_sums
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL = {"d_model": 16, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24, "num_layers": 1}
 
 

@@ -5,6 +5,7 @@ import sys
 
 import jax
 import pytest
+from conftest import as_users_have_it
 
 from jaxlm.xla import NVIDIA_OVERLAP, compiler_options
 
@@ -46,5 +47,7 @@ def test_chains_of_collectives_do_not_wait_for_each_other(tmp_path):
     settings += "tokenizer.vocab_size=600 train.batch_size=8 train.steps=2 train.eval_batches=1"
     command = [sys.executable, "-m", "jaxlm.train", "--mesh=dp2,fsdp2,tp2", f"--out={tmp_path}/run"]
     command += [f"--{setting}" for setting in settings.split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=as_users_have_it(), capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -132,6 +132,7 @@ def test_training_starts_from_an_export(exported, corpus, trained_run, tmp_path)
     assert (model.model.d_model, model.model.max_seq_len, model.seq_len) == (32, 64, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_types_are_compared_with_rounded_weights(trained_run, tmp_path, dtype):
     out = tmp_path / "small"
@@ -155,6 +156,7 @@ def test_a_step_is_chosen(trained_run, tmp_path):
         find_model(trained_run, "45")
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_exported_unless_told_otherwise(corpus, tmp_path):
     run = tmp_path / "run"
     changes = {"train__steps": 3, "optim__ema_decay": 0.9, "mesh": "dp1", "train__batch_size": 2}
@@ -280,6 +282,7 @@ def test_a_spoilt_folder_is_one_sentence(copy, spoil):
         jaxlm.load(copy)
 
 
+@pytest.mark.slow
 def test_a_foreign_folder_is_checked(exported, capsys):
     assert command.main(["--check", str(exported)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -287,6 +290,7 @@ def test_a_foreign_folder_is_checked(exported, capsys):
     assert lines[-1].startswith("verified: ")
 
 
+@pytest.mark.slow
 def test_a_model_without_begin_token_is_continued_without(corpus, tmp_path):
     """GPT-2's tokenizer puts nothing in front of a prompt, and neither does generate."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -124,7 +124,14 @@ def build(kind: str, settings: dict):
     return model
 
 
-@pytest.fixture(scope="module", params=CASES, ids=list(CASES))
+# A case for each kind of block; the others are variants.
+QUICK = ("llama-tied-llama3-biases", "gpt2", "gemma3", "olmo2", "gpt_neox", "qwen3_moe")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES],
+)
 def case(request, tmp_path_factory):
     """(the model of transformers, the folder it saved itself to)."""
     model = build(*CASES[request.param])

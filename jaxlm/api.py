@@ -20,7 +20,7 @@ from jaxlm.export.safetensors import read_tensors
 from jaxlm.export.verify import TRANSFORMERS, Verification, expected_of, verify
 from jaxlm.loading import find_model, load_params, read_description, read_model
 from jaxlm.mesh import folded_mesh, make_mesh
-from jaxlm.models.decoder import Decoder
+from jaxlm.models.build import make_model
 from jaxlm.sharding import check_fits
 from jaxlm.tokenizer import Tokenizer
 from jaxlm.values import MAX_SEED
@@ -80,8 +80,8 @@ def load(path: str | Path, mesh: str | Mesh | None = None, dtype: str | None = N
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     mesh = folded_mesh(mesh if isinstance(mesh, Mesh) else make_mesh(mesh or "dp1"))
     check_fits(config, mesh, training=False)
-    program = build_decode_program(Decoder(config.model), mesh)
-    params = program.prepare(load_params(folder, Decoder(config.model), mesh))
+    program = build_decode_program(make_model(config.model), mesh)
+    params = program.prepare(load_params(folder, make_model(config.model), mesh))
     return LanguageModel(config, tokenizer, program, params, tuple(prefix), folder)
 
 

@@ -25,7 +25,7 @@ from jaxlm.config import Config
 from jaxlm.errors import NonFiniteError, UserError, nearest, show
 from jaxlm.model_config import ModelConfig
 from jaxlm.presets import PRESETS
-from jaxlm.yaml_file import Loader, read_yaml
+from jaxlm.yaml_file import Loader, dump_yaml, read_yaml
 
 EXIT_USER_ERROR, EXIT_NONFINITE, EXIT_PREEMPTED, EXIT_LOST = 2, 3, 75, 76
 
@@ -185,7 +185,7 @@ def read_config(path: Path) -> Config:
 
 def dump_config(config: Config) -> str:
     """The experiment as YAML that `read_config` reads back to an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return dump_yaml(_plain(dataclasses.asdict(config)))
 
 
 def flatten(config: Config) -> dict[str, object]:

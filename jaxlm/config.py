@@ -150,6 +150,9 @@ class TrainConfig:
     """Micro-batches an update is computed in; the update is that of the whole batch."""
     z_loss: NonNegative = 0.0
     """Weight of log(Z)^2 in the loss (PaLM: 1e-4)."""
+    label_smoothing: Fraction = 0.0
+    """Share of each target spread over all tokens (Vaswani et al., 2017: 0.1); losses are shown
+    without."""
     loss_block: Count = 64
     """Positions of each row whose logits are held at a time."""
     eval_every: Natural = 40
@@ -212,10 +215,24 @@ class LogConfig:
     """Print what every thread is doing when no step was finished for so long; null: never."""
 
 
+# What kinds of model a task can train.
+KINDS = {
+    "language_modelling": ("decoder", "rnn", "gru", "lstm", "ngram"),
+    "translation": ("encoder_decoder", "rnn", "gru", "lstm"),
+    "instruction": ("decoder", "rnn", "gru", "lstm"),
+    "classification": ("encoder", "decoder"),
+}
+
+
 @dataclass(frozen=True, config=STRICT)
 class Config:
     """One experiment."""
 
+    task: Literal["language_modelling", "translation", "instruction", "classification"] = (
+        "language_modelling"
+    )
+    """What is learnt: the next token of texts; a target text from a source text; the answers to
+    prompts; a text's label."""
     mesh: str = "dp"
     """Devices by axis, such as dp4,tp2; one axis may be open (dp,tp2: dp takes what is left)."""
     out: PathText | None = None
@@ -236,6 +253,12 @@ class Config:
 
     def __post_init__(self):
         parse_mesh(self.mesh)
+        kinds = KINDS[self.task]
+        if self.model.kind not in kinds:
+            raise UserError(
+                f"task={self.task} cannot train model.kind={self.model.kind}: use "
+                f"{' or '.join(kinds)}"
+            )
         if self.seq_len > self.model.max_seq_len:
             raise UserError(
                 f"data.seq_len={self.seq_len} is more than the model handles (model.max_seq_len="

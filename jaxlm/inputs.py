@@ -11,7 +11,8 @@ from jaxlm.data.loader import training_batches, validation_batches
 from jaxlm.placement import rows_held
 from jaxlm.sharding import batch_sharding
 from jaxlm.step import Program
-from jaxlm.tasks.language_modelling import Batch, make_batch
+from jaxlm.tasks.batch import Batch
+from jaxlm.tasks.language_modelling import make_batch
 
 BATCHES_ON_DEVICE = 2
 

@@ -18,7 +18,7 @@ from jaxlm.export.huggingface import (
     read_tokenizer,
 )
 from jaxlm.mesh import make_mesh
-from jaxlm.models.decoder import Decoder
+from jaxlm.models.build import make_model
 from jaxlm.run_folder import find_step
 from jaxlm.sharding import make_layout, split_boxes
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
@@ -44,7 +44,7 @@ def read_description(folder: Path) -> tuple[Config, Tokenizer, list[int]]:
     return Config(model=model), tokenizer, tokenizer.prefix
 
 
-def load_params(path: str | Path, model: Decoder, mesh: Mesh, average: bool = True):
+def load_params(path: str | Path, model, mesh: Mesh, average: bool = True):
     """The parameters of a model's folder for `model`, stacked, as they are stored on `mesh`.
 
     Of a run that kept an average of its parameters that is taken, unless `average` is false. A
@@ -80,7 +80,7 @@ def read_model(folder: Path, average: bool = True) -> Model:
     model = dataclasses.replace(
         config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size
     )
-    params = load_params(folder, Decoder(model), make_mesh("dp1"), average)
+    params = load_params(folder, make_model(model), make_mesh("dp1"), average)
     name, facts = folder.resolve().name, {"source": folder.name}
     if not is_model_folder(folder):
         name = folder.resolve().parent.parent.name

@@ -18,31 +18,43 @@ class LossSums:
     """Cross-entropy."""
     z: jax.Array
     """log(Z)^2, what z-loss penalises (Chowdhery et al., 2022)."""
+    spread: jax.Array
+    """Cross-entropy of the uniform distribution, where label smoothing asks for it."""
     weight: jax.Array
     """Number of targets."""
 
+    def objective(self, z_loss: float, smoothing: float):
+        """What training minimises, as a sum: label smoothing is that of Szegedy et al. (2016)."""
+        nats = (1.0 - smoothing) * self.nats + smoothing * self.spread if smoothing else self.nats
+        return nats + z_loss * self.z
+
 
 def blocked_cross_entropy(
-    hidden_btd, logits_fn: Callable, targets_bt, weights_bt, block: int
+    hidden_btd, logits_fn: Callable, targets_bt, weights_bt, block: int, smooth: bool = False
 ) -> LossSums:
     """Cross-entropy sums in float32, holding the logits of `block` positions of each row.
 
-    Backward recomputes the logits.
+    Backward recomputes the logits. Without `smooth` the sum for label smoothing stays 0.
     """
 
     @jax.checkpoint
     def one_block(sums: LossSums, inputs):
         hidden, targets, weights = inputs
-        nll, log_z = token_nll(logits_fn(hidden), targets)
+        logits = logits_fn(hidden)
+        nll, log_z = token_nll(logits, targets)
+        spread = sums.spread
+        if smooth:
+            spread = spread + jnp.sum((log_z - logits.mean(-1)) * weights)
         return LossSums(
             sums.nats + jnp.sum(nll * weights),
             sums.z + jnp.sum(jnp.square(log_z) * weights),
+            spread,
             sums.weight + jnp.sum(weights),
         ), None
 
     zero = jnp.zeros((), jnp.float32)
     blocks = _split(block, hidden_btd, targets_bt, weights_bt.astype(jnp.float32))
-    sums, _ = jax.lax.scan(one_block, LossSums(zero, zero, zero), blocks)
+    sums, _ = jax.lax.scan(one_block, LossSums(zero, zero, zero, zero), blocks)
     return sums
 
 

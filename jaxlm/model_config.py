@@ -92,6 +92,10 @@ class ModelConfig:
 
     preset: str = "llama-tiny"
     """Where the other model fields start from; each can still be set."""
+    kind: Literal["decoder", "encoder", "encoder_decoder", "rnn", "gru", "lstm", "ngram"] = (
+        "decoder"
+    )
+    """A Transformer's decoder, encoder or both; a recurrent network; n-gram counts."""
     vocab_size: Count | None = None
     """Number of tokens; left out, it is the tokenizer's."""
     max_seq_len: Count = 256

@@ -22,7 +22,8 @@ from jaxlm.config import Config
 from jaxlm.optim import learning_rate, make_optimizer
 from jaxlm.sharding import path_name
 from jaxlm.step import build_model, build_program
-from jaxlm.tasks.language_modelling import Batch, make_batch
+from jaxlm.tasks.batch import Batch
+from jaxlm.tasks.language_modelling import make_batch
 
 STEPS = 3
 TOLERANCE = 1e-5

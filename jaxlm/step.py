@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxlm.config import Config
 from jaxlm.mesh import batch_shards
-from jaxlm.models.decoder import Decoder
+from jaxlm.models.build import make_model
 from jaxlm.nn import moe
 from jaxlm.nn.layers import Dropout
 from jaxlm.parallel.pipeline import make_schedule
@@ -24,7 +24,7 @@ from jaxlm.sharding import (
     replicated_sharding,
     split_boxes,
 )
-from jaxlm.tasks.language_modelling import Batch, loss_sums
+from jaxlm.tasks.batch import Batch, loss_sums
 from jaxlm.xla import compiler_options
 
 
@@ -58,19 +58,20 @@ def train_step(state: TrainState, batch: Batch, *, model, optimizer, schedule, c
     The loss is a mean over the targets of the global batch, however it is split. A non-finite
     loss or gradient leaves everything but the counters as it was.
     """
+    train = config.train
     targets = jnp.maximum(batch.weights.sum(), 1.0)
     tokens = jnp.maximum(jnp.sum(batch.segment_ids > 0), 1)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     drops = bool(config.model.dropout or config.model.attention_dropout)
 
     def loss_fn(params, micro: Batch, places):
-        dropout = Dropout(key, places) if drops else None
-        sums, routed = loss_sums(model, params, micro, config.train, dropout)
-        loss = (sums.nats + config.train.z_loss * sums.z) / targets
+        dropout = Dropout(key, *places) if drops else None
+        sums, routed = loss_sums(model, params, micro, train, dropout)
+        loss = sums.objective(train.z_loss, train.label_smoothing) / targets
         return loss + moe.auxiliary_loss(config.model, routed, tokens), (sums, routed)
 
     gradients, (sums, routed) = accumulate(
-        jax.grad(loss_fn, has_aux=True), state.params, batch, config.train.accumulation
+        jax.grad(loss_fn, has_aux=True), state.params, batch, train.accumulation
     )
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -112,11 +113,13 @@ def eval_step(params, batch: Batch, *, model, config: Config):
 def accumulate(gradient: Callable, params, batch: Batch, count: int):
     """Sum `gradient(params, micro_batch, places)` over `count` micro-batches.
 
-    Micro-batch i has rows i, i + count, ...: every device keeps the rows it holds. `places` [B, T]
-    are those of the tokens in the batch. Each dp replica adds up its own gradients, over
-    micro-batches and inside the model, and they are summed over replicas once.
+    Micro-batch i has rows i, i + count, ...: every device keeps the rows it holds. `places` are
+    those of the tokens [B, T], and of the source's [B, S], in the batch. Each dp replica adds up
+    its own gradients, over micro-batches and inside the model, and they are summed over replicas
+    once.
     """
-    places = jnp.arange(batch.tokens.size, dtype=jnp.uint32).reshape(batch.tokens.shape)
+    read = (batch.tokens,) if batch.source is None else (batch.tokens, batch.source.tokens)
+    places = tuple(jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape) for x in read)
     batch, places = in_ring_order((batch, places))
     split = lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)  # noqa: E731
     micros = jax.tree.map(split, (batch, places))
@@ -173,12 +176,12 @@ class Program:
         return place(batch, batch_sharding(self.mesh), rows, count)
 
 
-def build_model(config: Config, mesh: Mesh) -> Decoder:
+def build_model(config: Config, mesh: Mesh):
     """The model as it is trained on a mesh: with its pipeline."""
     rows = config.train.batch_size // config.train.accumulation // batch_shards(mesh)
     parallel = config.parallel
     schedule = make_schedule(mesh.shape["pp"], parallel.rounds, parallel.microbatches, rows)
-    return Decoder(config.model, schedule)
+    return make_model(config.model, schedule)
 
 
 def build_program(model, make_optimizer: Callable, schedule: Callable, config: Config, mesh: Mesh):

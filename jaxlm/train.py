@@ -29,7 +29,7 @@ from jaxlm.profiling import Profile
 from jaxlm.run_folder import claimed, with_vocabulary
 from jaxlm.sharding import check_fits
 from jaxlm.step import TrainState, build_model, build_program
-from jaxlm.tasks.language_modelling import Batch
+from jaxlm.tasks.batch import Batch
 from jaxlm.validation import Validation
 
 # Settings of the machine, which the processes of a run need not share.

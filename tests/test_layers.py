@@ -105,7 +105,7 @@ def test_there_are_no_cycles():
 
 
 def test_imports_are_seen():
-    assert {"config", "sharding", "tasks.language_modelling", "nn.layers"} <= imports("step")
+    assert {"config", "sharding", "tasks.batch", "nn.layers"} <= imports("step")
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -23,29 +23,34 @@ def inputs():
     return hidden, head, targets, weights
 
 
-def our_loss(hidden, head, targets, weights, block):
-    sums = blocked_cross_entropy(hidden, lambda h: h @ head, targets, weights, block)
-    return (sums.nats + Z_LOSS * sums.z) / sums.weight
+def our_loss(hidden, head, targets, weights, block, smoothing=0.0):
+    sums = blocked_cross_entropy(
+        hidden, lambda h: h @ head, targets, weights, block, smooth=smoothing > 0
+    )
+    return sums.objective(Z_LOSS, smoothing) / sums.weight
 
 
-def their_loss(hidden, head, targets, weights):
+def their_loss(hidden, head, targets, weights, smoothing=0.0):
     logits = hidden @ head
     nats = torch.nn.functional.cross_entropy(
-        logits.reshape(-1, VOCAB), targets.reshape(-1).long(), reduction="none"
+        logits.reshape(-1, VOCAB),
+        targets.reshape(-1).long(),
+        reduction="none",
+        label_smoothing=smoothing,
     ).reshape(targets.shape)
     z = torch.logsumexp(logits, -1).square()
     return ((nats + Z_LOSS * z) * weights).sum() / weights.sum()
 
 
-@pytest.mark.parametrize("block", [1, 4, 11, 64])
-def test_value_and_gradient_are_those_of_pytorch(block):
+@pytest.mark.parametrize(("block", "smoothing"), [(1, 0.0), (4, 0.1), (11, 0.0), (64, 0.2)])
+def test_value_and_gradient_are_those_of_pytorch(block, smoothing):
     hidden, head, targets, weights = inputs()
     leaves = [torch.tensor(x, requires_grad=True) for x in (hidden, head)]
-    theirs = their_loss(*leaves, torch.tensor(targets), torch.tensor(weights))
+    theirs = their_loss(*leaves, torch.tensor(targets), torch.tensor(weights), smoothing)
     theirs.backward()
     ours, gradients = jax.jit(
-        jax.value_and_grad(our_loss, argnums=(0, 1)), static_argnames="block"
-    )(hidden, head, targets, weights, block=block)
+        jax.value_and_grad(our_loss, argnums=(0, 1)), static_argnames=("block", "smoothing")
+    )(hidden, head, targets, weights, block=block, smoothing=smoothing)
     np.testing.assert_allclose(ours, theirs.item(), rtol=1e-6)
     for gradient, leaf in zip(gradients, leaves, strict=True):
         np.testing.assert_allclose(gradient, leaf.grad, atol=1e-6)

@@ -15,7 +15,7 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.optim import make_optimizer
 from jaxlm.sharding import split_boxes
 from jaxlm.step import Program, accumulate, eval_step, train_step
-from jaxlm.tasks.language_modelling import loss_sums
+from jaxlm.tasks.batch import loss_sums
 
 SMALL = {"d_model": 16, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24, "num_layers": 1}
 
@@ -69,7 +69,7 @@ def test_micro_batches_keep_the_tokens_places_in_the_batch(count):
     batch = jax.tree.map(jnp.asarray, random_batch(small_config()))
 
     def gradient(_, micro, places):
-        return jnp.sum(micro.tokens * places.astype(jnp.int32))
+        return jnp.sum(micro.tokens * places[0].astype(jnp.int32))
 
     total = accumulate(gradient, None, batch, count)
     assert total == np.sum(np.asarray(batch.tokens).ravel() * np.arange(batch.tokens.size))
@@ -104,8 +104,8 @@ def test_a_non_finite_update_is_skipped_and_counted(adamw):
 class Exploding(Decoder):
     """A model whose loss is finite, but not its gradient: that of sqrt at 0."""
 
-    def hidden(self, params, *arguments):
-        hidden, *others = super().hidden(params, *arguments)
+    def hidden(self, params, *arguments, **options):
+        hidden, *others = super().hidden(params, *arguments, **options)
         return hidden + jnp.sqrt(0.0 * params["final_norm"]["scale"]), *others
 
 

@@ -10,7 +10,8 @@ from jaxlm.config import Config
 from jaxlm.mesh import make_mesh
 from jaxlm.optim import learning_rate, make_optimizer
 from jaxlm.step import Program, build_model, build_program
-from jaxlm.tasks.language_modelling import Batch, make_batch
+from jaxlm.tasks.batch import Batch
+from jaxlm.tasks.language_modelling import make_batch
 
 # Twelve heads for tp3 and tp4, 24 rows for dp8 and fsdp6; the vocabulary is prime, and tp3 and
 # tp4 do not divide d_ff.

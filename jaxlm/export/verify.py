@@ -24,7 +24,7 @@ from jaxlm.decode import Sampling, build_decode_program
 from jaxlm.errors import UserError
 from jaxlm.export.huggingface import Model
 from jaxlm.mesh import make_mesh
-from jaxlm.models.decoder import Decoder
+from jaxlm.models.build import make_model
 from jaxlm.nn.attention import Places
 
 REPORT = "verification.json"
@@ -124,7 +124,7 @@ def expected_of(model: Model, dtype: str | None) -> Expected:
     config = dataclasses.replace(
         model.config, dtype="float32", attention="plain", dropout=0.0, attention_dropout=0.0
     )
-    decoder, params = Decoder(config), model.params
+    decoder, params = make_model(config), model.params
     if dtype is not None:
         # By NumPy, as they are written.
         round_ = lambda x: jnp.asarray(np.asarray(x).astype(dtype).astype(x.dtype))  # noqa: E731
@@ -146,7 +146,7 @@ def expected_of(model: Model, dtype: str | None) -> Expected:
     return Expected(prompts, greedy, logits, ids)
 
 
-def _logits(decoder: Decoder, params, rows: list[list[int]]) -> list[np.ndarray]:
+def _logits(decoder, params, rows: list[list[int]]) -> list[np.ndarray]:
     """Logits [T, V] at every position of each row, one row at a time: a vocabulary is large."""
 
     @jax.jit

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxlm.errors import UserError
 from jaxlm.model_config import ModelConfig
 from jaxlm.models.stack import init_stack, run_stack
-from jaxlm.nn.attention import Attention, LayerCache, Places, constrain_cache
+from jaxlm.nn.attention import Attention, LayerCache, Places, Source, constrain_cache
 from jaxlm.nn.layers import (
     ATTENTION_OUTPUT,
     EMBEDDING,
@@ -91,6 +91,8 @@ class Decoder:
     config: ModelConfig
     schedule: Schedule = Schedule()  # noqa: RUF009
     """How stacked layers run as a pipeline."""
+    stacks = ("layers",)
+    """Names of the parameters that are stacked by layer."""
 
     def __post_init__(self):
         if self.config.vocab_size is None:
@@ -127,13 +129,23 @@ class Decoder:
             params["head"] = self._head().init(keys["head"], x)["params"]
         return params
 
-    def hidden(self, params, tokens_bt, places: Places, dropout=None, cache: Cache | None = None):
+    def hidden(
+        self,
+        params,
+        tokens_bt,
+        places: Places,
+        dropout: Dropout | None = None,
+        cache: Cache | None = None,
+        source: Source | None = None,
+    ):
         """The last layer's normalised output [B, T, D]; returns (it, sums, the cache, extended).
 
         The sums are those of mixtures of experts (`nn.moe.route`), stacked by layer as they are
         stored. `params["layers"]` is stacked, or, as a cache needs it, unstacked.
         """
         c = self.config
+        if source is not None:
+            raise ValueError("a decoder alone reads no source")
         x = self._embed().apply({"params": params["embed"]}, tokens_bt)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.d_model**0.5, x.dtype)
@@ -193,7 +205,7 @@ class Decoder:
             logits_btv = c.logit_softcap * jnp.tanh(logits_btv / c.logit_softcap)
         return logits_btv
 
-    def init_cache(self, rows: int, length: int) -> Cache:
+    def init_cache(self, rows: int, length: int, source_length: int = 0) -> Cache:
         """An empty cache of `length` slots for each of `rows` rows, laid out over the mesh."""
         c = self.config
         empty = constrain_cache(jnp.zeros((rows, length, c.kv_heads, c.head_size), self.dtype))

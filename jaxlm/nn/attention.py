@@ -30,6 +30,15 @@ MANY_SCORES = 1024 * 1024
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """What an encoder reads: int32 tokens [B, S], and where they stand."""
+
+    tokens: jax.Array
+    places: Places
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LayerCache:
     """Keys and values [B, S, K, H] of one layer, as far as they are known."""
 

@@ -13,6 +13,7 @@ from jaxlm.sharding import constrain, with_axes
 
 # Dropout's sites in a block: each draws its own mask.
 EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT = range(4)
+ENCODER = 2**31  # in place of a layer's number: beyond all of a decoder's
 
 
 class Dense(nn.Module):
@@ -193,10 +194,16 @@ class Dropout:
     key: jax.Array
     tokens: jax.Array
     """[B, T] uint32: each token's place in the global batch, row by row."""
+    source: jax.Array | None = None
+    """[B, S]: the same for what an encoder reads."""
 
     def layer(self, index) -> "Dropout":
         """The dropout of one layer."""
         return Dropout(jax.random.fold_in(self.key, index), self.tokens)
+
+    def of_encoder(self) -> "Dropout":
+        """The dropout of the source's tokens, with masks of its own."""
+        return Dropout(jax.random.fold_in(self.key, ENCODER), self.source)
 
     def __call__(self, x, rate: float, site: int, token_dim: int = 1):
         """Zero elements of `x` with probability `rate`, and scale the rest.

@@ -1,29 +1,12 @@
 """Next-token prediction on packed documents."""
 
-import dataclasses
 import gzip
 import lzma
 import math
 
-import jax
 import numpy as np
 
-from jaxlm.config import TrainConfig
-from jaxlm.losses import LossSums, blocked_cross_entropy
-from jaxlm.nn.attention import Places
-from jaxlm.nn.layers import Dropout
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Rows of T tokens, int32 [B, T]; `weights` (float32) is 0 where nothing is predicted."""
-
-    tokens: jax.Array
-    targets: jax.Array
-    weights: jax.Array
-    segment_ids: jax.Array
-    positions: jax.Array
+from jaxlm.tasks.batch import Batch
 
 
 def make_batch(rows: dict[str, np.ndarray]) -> Batch:
@@ -37,22 +20,6 @@ def make_batch(rows: dict[str, np.ndarray]) -> Batch:
         segment_ids=segments[:, :-1],
         positions=rows["positions"][:, :-1],
     )
-
-
-def loss_sums(
-    model, params, batch: Batch, config: TrainConfig, dropout: Dropout | None
-) -> tuple[LossSums, dict]:
-    """The loss of a batch as sums over its targets, and its experts' sums (`nn.moe.route`)."""
-    places = Places(batch.positions, batch.segment_ids)
-    hidden_btd, experts, _ = model.hidden(params, batch.tokens, places, dropout)
-    sums = blocked_cross_entropy(
-        hidden_btd,
-        lambda hidden: model.logits(params, hidden),
-        batch.targets,
-        batch.weights,
-        config.loss_block,
-    )
-    return sums, experts
 
 
 def validation_metrics(nats: float, targets: float, bytes_per_target: float) -> dict[str, float]:

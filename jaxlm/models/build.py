@@ -1,0 +1,14 @@
+"""Which model a configuration is of."""
+
+from jaxlm.model_config import ModelConfig
+from jaxlm.models.decoder import Decoder
+from jaxlm.parallel.pipeline import Schedule
+
+
+def make_model(config: ModelConfig, schedule: Schedule = Schedule()):  # noqa: B008
+    """The model of a configuration; `schedule` is that of its pipeline.
+
+    Every kind offers `init`, `hidden`, `logits`, `init_cache` and `stacks`, as `Decoder` does.
+    """
+    kinds = {"decoder": Decoder}
+    return kinds[config.kind](config, schedule)

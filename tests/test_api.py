@@ -145,7 +145,7 @@ def test_paths_that_hold_no_run_are_one_sentence(trained_run, tmp_path):
     for path, words in {
         both: "keep them in folders of their own",
         neither: "is not a run folder",
-        other: "Hugging Face",
+        other: "model_type=None, for which jaxlm has no table",
         early: "no complete checkpoint yet",
         tmp_path / "nowhere": "does not exist",
     }.items():

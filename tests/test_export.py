@@ -380,7 +380,8 @@ def watch():
         most[0] = max(most[0], held())
         time.sleep(0.002)
 
-thread = threading.Thread(target=watch)
+# A daemon: what fails below should end the process.
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 params = jax.block_until_ready(load_params(folder, Decoder(config.model), mesh))
 done.set()
@@ -409,6 +410,7 @@ def test_reading_takes_no_more_memory_than_the_largest_tensor(exported, tmp_path
         capture_output=True,
         text=True,
         check=True,
+        timeout=240,
     )
     beyond, total = map(int, done.stdout.split())
     largest = 24000 * 768 * 4

@@ -31,7 +31,11 @@ MANY_SCORES = 1024 * 1024
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What an encoder reads: int32 tokens [B, S], and where they stand."""
+    """What an encoder reads: tokens [B, S] and where they stand.
+
+    A target's segment n goes with the source's segment n, and segment 0 is padding; without
+    segments there is one text a row, number 1.
+    """
 
     tokens: jax.Array
     places: Places
@@ -44,6 +48,8 @@ class LayerCache:
 
     k: jax.Array
     v: jax.Array
+    source: "LayerCache | None" = None
+    """Those of the source, in a layer that attends to one."""
 
 
 def attention(
@@ -54,16 +60,19 @@ def attention(
     queries: Places,
     keys: Places,
     scale: float,
+    causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    bias_bnts=None,
     dropout: Dropout | None = None,
     dropout_rate: float = 0.0,
     backend: str = "auto",
 ):
-    """Causal attention within documents; returns [B, T, N, H] in the type of `q_btnh`.
+    """Attention within documents; returns [B, T, N, H] in the type of `q_btnh`.
 
-    A query sees the keys of its own segment whose position is at most its own and, with
-    `window`, less than `window` before it. Heads are grouped: N is a multiple of K.
+    A query sees the keys of its own segment; where it is `causal`, those whose position is at most
+    its own and, with `window`, less than `window` before it. Heads are grouped: N is a multiple of
+    K. `bias_bnts`, float32, is added to the scores (relative positions).
 
     Backends: `plain` is the reference; `blocked` never holds the scores of whole rows; `xla` and
     `cudnn` are `jax.nn.dot_product_attention`'s. `auto` takes cuDNN on an NVIDIA GPU where it
@@ -76,33 +85,38 @@ def attention(
     ring = _ring_size() if among_themselves else 1
     # A row of one token, as in initialisation, is not split.
     if ring > 1 and q_btnh.shape[1] > 1:
-        _check_ring(ring, backend, drops)
+        _check_ring(ring, backend, drops, bias_bnts is not None)
         # Blocks divide a chunk if they can: one from the early into the late is rarely skipped.
         chunk = -(-q_btnh.shape[1] // (2 * ring))
         block = -(-chunk // -(-chunk // flash.BLOCK))
-        kernel = flash.Kernel(scale, window, softcap, block)
+        kernel = flash.Kernel(scale, window, softcap, block, causal)
         f, b = (functools.partial(f, kernel) for f in (flash.forward, flash.backward))
         return ring_attention(q_btnh, k_bskh, v_bskh, queries, keys, forward=f, backward=b)
     simple_mask = queries.segments is None and q_btnh.shape[1] == k_bskh.shape[1]
-    fits_cudnn = simple_mask and not softcap and not drops and q_btnh.dtype == jnp.bfloat16
+    plain_scores = not softcap and not drops and bias_bnts is None
+    fits_cudnn = simple_mask and plain_scores and q_btnh.dtype == jnp.bfloat16
     if backend == "auto":
-        backend = _fastest(q_btnh, k_bskh, fits_cudnn, among_themselves and not drops)
-    _check_backend(backend, fits_cudnn, drops)
+        fits_blocks = (among_themselves or not causal) and not drops and bias_bnts is None
+        backend = _fastest(q_btnh, k_bskh, fits_cudnn, fits_blocks)
+    _check_backend(backend, fits_cudnn, drops, bias_bnts is not None)
     if backend == "cudnn":
         reach = None if window is None else (window - 1, 0)
-        options = {"scale": scale, "is_causal": True, "local_window_size": reach}
+        options = {"scale": scale, "is_causal": causal, "local_window_size": reach}
         return jax.nn.dot_product_attention(
             q_btnh, k_bskh, v_bskh, implementation="cudnn", **options
         )
     if backend == "blocked":
-        options = {"scale": scale, "window": window, "softcap": softcap}
+        options = {"scale": scale, "window": window, "softcap": softcap, "causal": causal}
         return flash_attention(q_btnh, k_bskh, v_bskh, queries=queries, keys=keys, **options)
-    mask_bts = visible(queries, keys, window)
+    mask_bts = visible(queries, keys, window, causal)
     if backend == "xla":
+        options = {"scale": scale, "mask": mask_bts[:, None], "bias": bias_bnts}
         return jax.nn.dot_product_attention(
-            q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None], scale=scale, implementation="xla"
+            q_btnh, k_bskh, v_bskh, implementation="xla", **options
         )
-    return _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, dropout, dropout_rate)
+    return _plain(
+        q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, bias_bnts, dropout, dropout_rate
+    )
 
 
 def _ring_size() -> int:
@@ -111,7 +125,7 @@ def _ring_size() -> int:
     return 1 if mesh.empty or CONTEXT_AXIS in mesh.manual_axes else mesh.shape.get(CONTEXT_AXIS, 1)
 
 
-def _check_ring(size: int, backend: str, drops: bool) -> None:
+def _check_ring(size: int, backend: str, drops: bool, biased: bool) -> None:
     if backend not in ("auto", "blocked"):
         raise UserError(
             f"model.attention={backend} needs whole rows on one device, but cp={size} splits them: "
@@ -122,13 +136,23 @@ def _check_ring(size: int, backend: str, drops: bool) -> None:
             "model.attention_dropout needs the probabilities of a whole row, which no device holds "
             f"with cp={size}: set model.attention_dropout=0, or leave cp out of the mesh"
         )
+    if biased:
+        raise UserError(
+            f"model.positions=relative adds to the scores of whole rows, but cp={size} splits them: "
+            "leave cp out of the mesh"
+        )
 
 
-def _check_backend(backend: str, fits_cudnn: bool, drops: bool) -> None:
+def _check_backend(backend: str, fits_cudnn: bool, drops: bool, biased: bool) -> None:
     if backend == "cudnn" and not fits_cudnn:
         raise UserError(
-            "model.attention=cudnn only does causal bfloat16 attention over one document a row, "
-            "and this call has packed documents, a cache, dropout or float32: use "
+            "model.attention=cudnn only does bfloat16 attention over one document a row, and this "
+            "call has packed documents, a source, a cache, dropout, relative positions or float32: "
+            "use model.attention=auto"
+        )
+    if backend == "blocked" and biased:
+        raise UserError(
+            "model.attention=blocked has no place for the biases of model.positions=relative: use "
             "model.attention=auto"
         )
     if backend == "blocked" and drops:
@@ -147,7 +171,7 @@ def _fastest(q_btnh, k_bskh, fits_cudnn: bool, fits_blocks: bool) -> str:
     return "blocked" if fits_blocks and is_long else "plain"
 
 
-def _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, dropout, dropout_rate):
+def _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, bias_bnts, dropout, dropout_rate):
     """The reference: scores and softmax in float32."""
     batch, length, heads, head_dim = q_btnh.shape
     kv_heads = k_bskh.shape[2]
@@ -156,6 +180,8 @@ def _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, dropout, dropout_ra
         "btkgh,bskh->bkgts", q_btkgh, k_bskh, preferred_element_type=jnp.float32
     )
     scores_bkgts = scores_bkgts * scale
+    if bias_bnts is not None:
+        scores_bkgts = scores_bkgts + bias_bnts.reshape(scores_bkgts.shape)
     if softcap is not None:
         scores_bkgts = softcap * jnp.tanh(scores_bkgts / softcap)
     scores_bkgts = jnp.where(mask_bts[:, None, None], scores_bkgts, MASKED)
@@ -172,6 +198,7 @@ class Attention(nn.Module):
     config: ModelConfig
     local: bool
     dtype: jnp.dtype
+    causal: bool = True
 
     @nn.compact
     def __call__(
@@ -179,7 +206,8 @@ class Attention(nn.Module):
         x_btd,
         *,
         places: Places,
-        angles,
+        angles=None,
+        bias_bnts=None,
         dropout: Dropout | None = None,
         cache: LayerCache | None = None,
         slot=None,
@@ -190,34 +218,38 @@ class Attention(nn.Module):
         The new keys and values are written from index `slot` on; `cached` says where the cache's
         S entries stand, the new ones included. Returns ([B, T, D], the cache written to).
         """
-        c = self.config
         q, k, v = (self._project(name, x_btd) for name in "qkv")
-        if c.qk_norm != "none":
-            q, k = self._norm("q_norm", q, "heads"), self._norm("k_norm", k, "kv_heads")
         if angles is not None:
             q, k = apply_rope(q, angles), apply_rope(k, angles)
         keys = places
         if cache is not None:
-            cache = LayerCache(
+            cache = dataclasses.replace(
+                cache,
                 k=constrain_cache(_write(cache.k, k, slot)),
                 v=constrain_cache(_write(cache.v, v, slot)),
             )
             k, v, keys = cache.k.astype(self.dtype), cache.v.astype(self.dtype), cached
+        return self._attend(q, k, v, places, keys, bias_bnts, dropout), cache
+
+    def _attend(self, q_btnh, k_bskh, v_bskh, queries, keys, bias_bnts, dropout):
+        c = self.config
         out_btnh = attention(
-            q,
-            k,
-            v,
-            queries=places,
+            q_btnh,
+            k_bskh,
+            v_bskh,
+            queries=queries,
             keys=keys,
             scale=c.attention_scale or c.head_size**-0.5,
+            causal=self.causal,
             window=c.sliding_window if self.local else None,
             softcap=c.attention_softcap,
+            bias_bnts=bias_bnts,
             dropout=dropout,
             dropout_rate=c.attention_dropout,
             backend=c.attention,
         )
         out_btnh = constrain(out_btnh, "batch", "length", "heads", None)
-        y_btd = Dense(
+        return Dense(
             (c.d_model,),
             ("heads", None, "embed"),
             self.dtype,
@@ -227,14 +259,9 @@ class Attention(nn.Module):
             num_in=2,
             name="out",
         )(out_btnh)
-        return y_btd, cache
-
-    def _norm(self, name: str, x_btnh, axis: str):
-        c = self.config
-        axes = (axis, None) if c.qk_norm == "all" else (None,)
-        return Norm("rmsnorm", c.norm_eps, c.norm_offset, axes=axes, name=name)(x_btnh)
 
     def _project(self, name: str, x_btd):
+        """Queries, keys or values [B, T, N or K, H], normalised where the config asks for it."""
         c = self.config
         heads, axis = (c.num_heads, "heads") if name == "q" else (c.kv_heads, "kv_heads")
         y = Dense(
@@ -246,7 +273,39 @@ class Attention(nn.Module):
             c.qkv_bias,
             name=name,
         )(x_btd)
-        return constrain(y, "batch", "length", axis, None)
+        y = constrain(y, "batch", "length", axis, None)
+        if c.qk_norm == "none" or name == "v":
+            return y
+        axes = (axis, None) if c.qk_norm == "all" else (None,)
+        return Norm("rmsnorm", c.norm_eps, c.norm_offset, axes=axes, name=f"{name}_norm")(y)
+
+
+class CrossAttention(Attention):
+    """Attention of a target to the source's segment of the same number (Vaswani et al., 2017)."""
+
+    causal: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x_btd,
+        *,
+        places: Places,
+        memory_bsd,
+        memory_places: Places,
+        dropout: Dropout | None = None,
+        cache: LayerCache | None = None,
+    ):
+        """Attend to `memory_bsd`, the encoder's output, or, where it is None, to what `cache` has.
+
+        Returns ([B, T, D], the memory's keys and values).
+        """
+        q = self._project("q", x_btd)
+        if memory_bsd is not None:
+            k, v = (self._project(name, memory_bsd) for name in "kv")
+            cache = LayerCache(constrain_cache(k), constrain_cache(v))
+        k, v = cache.k.astype(self.dtype), cache.v.astype(self.dtype)
+        return self._attend(q, k, v, places, memory_places, None, dropout), cache
 
 
 def constrain_cache(x_bskh):

@@ -36,17 +36,26 @@ class Kernel:
     window: int | None = None
     softcap: float | None = None
     block: int = BLOCK
+    causal: bool = True
 
 
-def visible(queries: Places, keys: Places, window: int | None):
+def visible(queries: Places, keys: Places, window: int | None, causal: bool = True):
     """Boolean mask [B, T, S]: which keys a query sees."""
-    distance = queries.positions[:, :, None] - keys.positions[:, None, :]
-    mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
-    if queries.segments is not None:
-        mask &= queries.segments[:, :, None] == keys.segments[:, None, :]
+    if causal:
+        distance = queries.positions[:, :, None] - keys.positions[:, None, :]
+        mask = distance >= 0
+        if window is not None:
+            mask &= distance < window
+    else:
+        mask = (queries.positions > BEFORE)[:, :, None] & (keys.positions < NEVER)[:, None, :]
+    if queries.segments is not None or keys.segments is not None:
+        mask &= segments_of(queries)[:, :, None] == segments_of(keys)[:, None, :]
     return mask
+
+
+def segments_of(places: Places):
+    """[B, T]: the document of each token; 1 where there is one a row."""
+    return jnp.ones_like(places.positions) if places.segments is None else places.segments
 
 
 def flash_attention(
@@ -60,13 +69,14 @@ def flash_attention(
     window: int | None = None,
     softcap: float | None = None,
     block: int = BLOCK,
+    causal: bool = True,
 ):
     """Attention as `attention.attention` defines it; [B, T, N, H] in the type of `q_btnh`.
 
-    Where `queries is keys`, blocks are skipped by the order of columns: in a row, a document's
-    tokens stand next to each other and in order. A query that sees nothing gets zeros.
+    Where it is causal and `queries is keys`, blocks are skipped by the order of columns: in a row,
+    a document's tokens stand next to each other and in order. A query that sees nothing gets zeros.
     """
-    kernel = Kernel(scale, window, softcap, block)
+    kernel = Kernel(scale, window, softcap, block, causal)
     columns = None
     if queries is keys:
         columns = (jnp.arange(q_btnh.shape[1]),) * 2
@@ -208,7 +218,8 @@ class _Blocks:
         self.keys = _whole_places(keys, self.key_block, NEVER)
         self.num_query_blocks = self.q.shape[1] // self.query_block
         self.num_key_blocks = self.k.shape[1] // self.key_block
-        self._sees = None if columns is None else self._column_rule(columns, kernel.window)
+        skips = kernel.causal and columns is not None
+        self._sees = self._column_rule(columns, kernel.window) if skips else None
 
     def as_queries(self, x_btn):
         """[B, T, N, ...] as [B, T, K, G, ...] with T padded."""
@@ -248,7 +259,7 @@ def _scores(kernel, q_btkgh, k_bskh, queries, keys):
     if kernel.softcap is not None:
         bent = jnp.tanh(scores / kernel.softcap)
         scores, slope = kernel.softcap * bent, 1.0 - bent * bent
-    mask_bts = visible(queries, keys, kernel.window)
+    mask_bts = visible(queries, keys, kernel.window, kernel.causal)
     return jnp.where(mask_bts[:, None, None], scores, MASKED), slope
 
 

@@ -1,4 +1,4 @@
-"""What a model is: the fields that span the decoder families. Imports no JAX.
+"""What a model is: the fields that span the families. Imports no JAX.
 
 Every field's docstring is its line in `--help`; every default stands here and nowhere else.
 """
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from jaxlm.errors import UserError, check_read, nearest_divisor, needs
+from jaxlm.errors import UserError, check_read, nearest_divisor, needs, show
 from jaxlm.values import Count, Fraction, Natural, NonNegative, Positive, as_tuple
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
@@ -88,7 +88,7 @@ def _norm_name(value):
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """The decoder. One set of fields spans GPT-2, Llama, Mistral, Qwen and Gemma."""
+    """The model. One set of fields spans GPT-2, Llama, Qwen and Gemma, BERT, Marian and T5."""
 
     preset: str = "llama-tiny"
     """Where the other model fields start from; each can still be set."""
@@ -103,7 +103,9 @@ class ModelConfig:
     d_model: Count = 192
     """Width of the residual stream."""
     num_layers: Count = 4
-    """Number of Transformer blocks."""
+    """Number of Transformer blocks, in an encoder-decoder of its decoder."""
+    encoder_layers: Count | None = None
+    """Layers of the encoder; null: of an encoder_decoder as many as num_layers."""
     num_heads: Count = 8
     """Query heads."""
     num_kv_heads: Count | None = 4
@@ -112,8 +114,8 @@ class ModelConfig:
     """Width of a head; null: d_model / num_heads."""
     d_ff: Count = 768
     """Width of the feed-forward layer."""
-    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = "swiglu"
-    """Feed-forward: gated by SiLU, gated by GELU, or plain GELU (by a tanh, or exact)."""
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu", "silu"] = "swiglu"
+    """Feed-forward: gated by SiLU or GELU, or plain GELU (by a tanh, or exact), ReLU or SiLU."""
     experts: ExpertsConfig | None = None
     """A mixture of experts in place of every feed-forward layer; null: dense layers."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
@@ -124,8 +126,9 @@ class ModelConfig:
     """Added to every RMSNorm scale (Gemma stores scale - 1 and sets 1)."""
     norm_bias: bool = False
     """LayerNorm has a bias."""
-    norm_placement: Literal["pre", "post", "pre_post"] = "pre"
-    """Before each sub-layer, after it (OLMo 2), or before and after it (Gemma 2 and 3)."""
+    norm_placement: Literal["pre", "post", "pre_post", "post_sum"] = "pre"
+    """Before each sub-layer, after it (OLMo 2), before and after it (Gemma 2 and 3), or after its
+    sum with the residual stream (Vaswani et al., BERT), which leaves no final norm to do."""
     parallel_residual: bool = False
     """Attention and feed-forward both read the layer's input, and are added together (GPT-NeoX)."""
     qk_norm: Annotated[Literal["none", "head", "all"], BeforeValidator(_norm_name)] = "none"
@@ -136,8 +139,14 @@ class ModelConfig:
     """Bias on the attention's output projection."""
     mlp_bias: bool = False
     """Bias in the feed-forward layer."""
-    positions: Literal["rotary", "learned", "none"] = "rotary"
-    """How the model knows positions."""
+    positions: Literal["rotary", "learned", "sinusoidal", "relative", "none"] = "rotary"
+    """How the model knows positions; sinusoidal as in Vaswani et al., relative as in T5."""
+    position_offset: Natural = 0
+    """Rows of the table of learned positions before that of the first position (RoBERTa: 2)."""
+    relative_buckets: Count = 32
+    """Buckets of distances that have a bias each per head."""
+    relative_max_distance: Count = 128
+    """Distance from which on all share the last bucket."""
     rotary_fraction: Annotated[Positive, Field(le=1)] = 1.0
     """Share of a head's features that rotary positions turn, the first ones (GPT-NeoX, Phi-4)."""
     rope_theta: Positive = 10_000.0
@@ -159,9 +168,24 @@ class ModelConfig:
     tie_embeddings: bool = True
     """The output head is the embedding matrix."""
     scale_embeddings: bool = False
-    """Multiply embeddings by sqrt(d_model) (Gemma)."""
+    """Multiply embeddings by sqrt(d_model) (Gemma, Marian)."""
+    embedding_norm: bool = False
+    """Normalise the sum of embeddings (BERT)."""
+    token_types: Natural = 0
+    """Rows of a table of token types, of which the first is added to every embedding (BERT: 2)."""
+    scale_logits: bool = False
+    """Divide what a tied output head reads by sqrt(d_model) (T5)."""
+    logits_bias: bool = False
+    """Bias on the logits of the vocabulary (Marian)."""
     logit_softcap: Positive | None = None
     """Logits z become cap * tanh(z / cap) (Gemma 2)."""
+    labels: Annotated[tuple[str, ...] | None, BeforeValidator(as_tuple)] = None
+    """Names of a classifier's labels: its head is theirs instead of the vocabulary's."""
+    pooling: Literal["mean", "first", "last"] | None = None
+    """What a classifier's head reads: the mean over a text's tokens, its first token's output, or,
+    of a decoder, its last; null: mean of an encoder, last of a decoder."""
+    pooler: bool = False
+    """A layer with tanh between an encoder and its classifier's head (BERT, RoBERTa)."""
     dropout: Fraction = 0.0
     """Dropout after the embedding and after each sub-layer."""
     attention_dropout: Fraction = 0.0
@@ -182,6 +206,31 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
 
     def __post_init__(self):
+        self._check_heads()
+        self._check_attention()
+        self._check_kind()
+        rotary = needs("model", self, "positions", "rotary")
+        relative = needs("model", self, "positions", "relative")
+        local = "local" in self.layer_pattern, "a local layer in model.layer_pattern"
+        shared = "global" in self.layer_pattern or self.rope_local_theta is None
+        base = shared, "a global layer in model.layer_pattern"
+        has_rmsnorm = self.norm == "rmsnorm" or self.qk_norm != "none"
+        check_read(
+            "model",
+            self,
+            norm_offset=(has_rmsnorm, "model.norm=rmsnorm"),
+            norm_bias=needs("model", self, "norm", "layernorm"),
+            rotary_fraction=rotary,
+            rope_theta=base if rotary[0] else rotary,
+            rope_scaling=base if rotary[0] else rotary,
+            rope_local_theta=local if rotary[0] else rotary,
+            sliding_window=local,
+            position_offset=needs("model", self, "positions", "learned"),
+            relative_buckets=relative,
+            relative_max_distance=relative,
+        )
+
+    def _check_heads(self):
         if self.head_dim is None and self.d_model % self.num_heads:
             raise UserError(
                 f"model.d_model={self.d_model} is not a multiple of model.num_heads="
@@ -199,6 +248,13 @@ class ModelConfig:
                 f"give {self.rotary_size} features to turn, but rotary positions turn pairs: make "
                 "it an even number above 0, or use model.positions=learned"
             )
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            raise UserError(
+                f"model.d_model={self.d_model} is odd, but sinusoidal positions are pairs of sines "
+                "and cosines: make it even"
+            )
+
+    def _check_attention(self):
         if "local" in self.layer_pattern and self.sliding_window is None:
             raise UserError(
                 "model.layer_pattern has local layers, but model.sliding_window is not set: "
@@ -215,22 +271,66 @@ class ModelConfig:
                 "model.attention=blocked does not support attention_dropout: use "
                 "model.attention=auto"
             )
-        rotary = needs("model", self, "positions", "rotary")
-        local = "local" in self.layer_pattern, "a local layer in model.layer_pattern"
-        shared = "global" in self.layer_pattern or self.rope_local_theta is None
-        base = shared, "a global layer in model.layer_pattern"
-        has_rmsnorm = self.norm == "rmsnorm" or self.qk_norm != "none"
+        if self.attention in ("blocked", "cudnn") and self.positions == "relative":
+            raise UserError(
+                f"model.attention={self.attention} has no place for the biases of "
+                "model.positions=relative: use model.attention=auto"
+            )
+
+    def _check_kind(self):
+        """What only some kinds of model read."""
+        logits = self.kind != "encoder", "a model.kind with a head over the vocabulary"
+        tied = self.tie_embeddings, "model.tie_embeddings=true"
+        both = needs("model", self, "kind", "encoder_decoder")
+        alone = needs("model", self, "kind", "decoder")
+        encoder = needs("model", self, "kind", "encoder")
+        has_stack = needs("model", self, "kind", "decoder", "encoder")
         check_read(
             "model",
             self,
-            norm_offset=(has_rmsnorm, "model.norm=rmsnorm"),
-            norm_bias=needs("model", self, "norm", "layernorm"),
-            rotary_fraction=rotary,
-            rope_theta=base if rotary[0] else rotary,
-            rope_scaling=base if rotary[0] else rotary,
-            rope_local_theta=local if rotary[0] else rotary,
-            sliding_window=local,
+            encoder_layers=needs("model", self, "kind", "encoder_decoder", "rnn", "gru", "lstm"),
+            layer_pattern=alone,
+            experts=has_stack,
+            parallel_residual=has_stack,
+            labels=has_stack,
+            pooling=has_stack,
+            pooler=encoder,
+            token_types=encoder,
+            tie_embeddings=logits,
+            logits_bias=logits,
+            logit_softcap=logits,
+            scale_logits=tied if logits[0] else logits,
         )
+        if self.labels is not None and len({*self.labels}) < max(2, len(self.labels)):
+            raise UserError(
+                f"model.labels={show(self.labels)} does not name two different labels: give "
+                "each label once"
+            )
+        if self.positions == "relative" and not both[0]:
+            raise UserError(
+                f"model.positions=relative has no effect without {both[1]}: use rotary or learned"
+            )
+        if self.norm_placement == "post_sum" and self.parallel_residual:
+            raise UserError(
+                "model.parallel_residual=true has no sum to normalise after each sub-layer, as "
+                "model.norm_placement=post_sum asks: set norm_placement=pre"
+            )
+        fitting = ("last",) if self.kind == "decoder" else ("mean", "first")
+        if self.pooling is not None and self.pooling not in fitting:
+            raise UserError(
+                f"model.pooling={self.pooling} does not fit model.kind={self.kind}: use "
+                f"{' or '.join(fitting)}"
+            )
+
+    @property
+    def pools(self) -> str:
+        """What a classifier's head reads, resolved: mean, first or last."""
+        return self.pooling or ("last" if self.kind == "decoder" else "mean")
+
+    @property
+    def source_layers(self) -> int:
+        """Layers of an encoder_decoder's encoder, resolved."""
+        return self.encoder_layers or self.num_layers
 
     @property
     def kv_heads(self) -> int:

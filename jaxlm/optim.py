@@ -14,6 +14,9 @@ from optax.contrib import MuonDimensionNumbers, muon
 from jaxlm.config import OptimConfig
 from jaxlm.sharding import constrain_first, path_name
 
+# What the paths of parameters start with that are stacked by layer.
+STACKS = ("layers/", "encoder_layers/")
+
 
 def learning_rate(config: OptimConfig, total_steps: int) -> Callable:
     """The learning rate as a function of the step (0 is the first update's), float32.
@@ -99,7 +102,7 @@ def _split_layers(gradients, params=None):
     """Share Muon's matrix products out: each dp replica orthogonalises some of the layers."""
 
     def split(path, x):
-        stacked = path_name(path).startswith("layers/") and x.ndim > 2
+        stacked = path_name(path).startswith(STACKS) and x.ndim > 2
         return constrain_first(x, "layer_updates") if stacked else x
 
     return jax.tree_util.tree_map_with_path(split, gradients)
@@ -116,7 +119,7 @@ def _muon_dimensions(params, axes):
 
     def dimensions(path, _):
         name = path_name(path)
-        if not (name.startswith("layers/") and name.endswith("kernel")):
+        if not (name.startswith(STACKS) and name.endswith("kernel")):
             return None
         names = names_at[name]
         dims = [i for i, axis in enumerate(names) if axis not in ("layers", "experts")]  # a batch

@@ -10,7 +10,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from jaxlm.model_config import ModelConfig, RopeScaling
-from jaxlm.nn.layers import MLP, Dense, Dropout, Embed, Norm, apply_rope, rope_angles
+from jaxlm.nn.layers import MLP, Dense, Dropout, Embed, Norm
+from jaxlm.nn.positions import apply_rope, rope_angles
 from jaxlm.sharding import split_boxes
 
 pytestmark = pytest.mark.usefixtures("strict")

@@ -26,8 +26,9 @@ from jaxlm.errors import UserError
 from jaxlm.export.huggingface import Model
 from jaxlm.export.safetensors import write_tensors
 from jaxlm.export.table import as_tree, by_path
-from jaxlm.models.decoder import Cache, Decoder
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.stack import unstack
+from jaxlm.models.trunk import Cache
 from jaxlm.nn.attention import LayerCache, Places
 
 PLATFORMS = ("cpu", "cuda")

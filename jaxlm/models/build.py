@@ -2,6 +2,8 @@
 
 from jaxlm.model_config import ModelConfig
 from jaxlm.models.decoder import Decoder
+from jaxlm.models.encoder import Encoder
+from jaxlm.models.encoder_decoder import EncoderDecoder
 from jaxlm.parallel.pipeline import Schedule
 
 
@@ -10,5 +12,5 @@ def make_model(config: ModelConfig, schedule: Schedule = Schedule()):  # noqa: B
 
     Every kind offers `init`, `hidden`, `logits`, `init_cache` and `stacks`, as `Decoder` does.
     """
-    kinds = {"decoder": Decoder}
+    kinds = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
     return kinds[config.kind](config, schedule)

@@ -16,9 +16,9 @@ from jaxlm.nn.layers import (
     Dense,
     Dropout,
     Norm,
-    apply_rope,
     residual_std,
 )
+from jaxlm.nn.positions import apply_rope
 from jaxlm.parallel.ring import AXIS as CONTEXT_AXIS
 from jaxlm.parallel.ring import ring_attention
 from jaxlm.sharding import constrain
@@ -86,10 +86,7 @@ def attention(
     # A row of one token, as in initialisation, is not split.
     if ring > 1 and q_btnh.shape[1] > 1:
         _check_ring(ring, backend, drops, bias_bnts is not None)
-        # Blocks divide a chunk if they can: one from the early into the late is rarely skipped.
-        chunk = -(-q_btnh.shape[1] // (2 * ring))
-        block = -(-chunk // -(-chunk // flash.BLOCK))
-        kernel = flash.Kernel(scale, window, softcap, block, causal)
+        kernel = flash.Kernel(scale, window, softcap, _ring_block(q_btnh.shape[1], ring), causal)
         f, b = (functools.partial(f, kernel) for f in (flash.forward, flash.backward))
         return ring_attention(q_btnh, k_bskh, v_bskh, queries, keys, forward=f, backward=b)
     simple_mask = queries.segments is None and q_btnh.shape[1] == k_bskh.shape[1]
@@ -111,9 +108,7 @@ def attention(
     mask_bts = visible(queries, keys, window, causal)
     if backend == "xla":
         options = {"scale": scale, "mask": mask_bts[:, None], "bias": bias_bnts}
-        return jax.nn.dot_product_attention(
-            q_btnh, k_bskh, v_bskh, implementation="xla", **options
-        )
+        return jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, implementation="xla", **options)
     return _plain(
         q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, bias_bnts, dropout, dropout_rate
     )
@@ -123,6 +118,12 @@ def _ring_size() -> int:
     """Over how many devices the mesh in force splits rows; 1 inside a ring."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or CONTEXT_AXIS in mesh.manual_axes else mesh.shape.get(CONTEXT_AXIS, 1)
+
+
+def _ring_block(length: int, ring: int) -> int:
+    """A block that divides a chunk if it can, so that one into the late is rarely skipped."""
+    chunk = -(-length // (2 * ring))
+    return -(-chunk // -(-chunk // flash.BLOCK))
 
 
 def _check_ring(size: int, backend: str, drops: bool, biased: bool) -> None:
@@ -138,7 +139,7 @@ def _check_ring(size: int, backend: str, drops: bool, biased: bool) -> None:
         )
     if biased:
         raise UserError(
-            f"model.positions=relative adds to the scores of whole rows, but cp={size} splits them: "
+            f"model.positions=relative needs the scores of whole rows, but cp={size} splits them: "
             "leave cp out of the mesh"
         )
 
@@ -291,16 +292,16 @@ class CrossAttention(Attention):
         x_btd,
         *,
         places: Places,
-        memory_bsd,
-        memory_places: Places,
+        memory,
         dropout: Dropout | None = None,
         cache: LayerCache | None = None,
     ):
-        """Attend to `memory_bsd`, the encoder's output, or, where it is None, to what `cache` has.
+        """Attend to a memory: (the encoder's output [B, S, D], its places).
 
-        Returns ([B, T, D], the memory's keys and values).
+        Without the output to what `cache` has of it. Returns ([B, T, D], its keys and values).
         """
         q = self._project("q", x_btd)
+        memory_bsd, memory_places = memory
         if memory_bsd is not None:
             k, v = (self._project(name, memory_bsd) for name in "kv")
             cache = LayerCache(constrain_cache(k), constrain_cache(v))

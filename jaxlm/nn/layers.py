@@ -1,19 +1,19 @@
-"""The small modules: projections, normalisation, embeddings, rotary positions, dropout."""
+"""The small modules: projections, normalisation, embeddings, dropout."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from jaxlm.model_config import ModelConfig, RopeScaling
+from jaxlm.model_config import ModelConfig
 from jaxlm.parallel.lookup import lookup
 from jaxlm.sharding import constrain, with_axes
 
 # Dropout's sites in a block: each draws its own mask.
-EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT = range(4)
+EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT, POOLED = range(5)
 ENCODER = 2**31  # in place of a layer's number: beyond all of a decoder's
+CROSS = 2**31 + 1  # the same for a layer's attention to a source
 
 
 class Dense(nn.Module):
@@ -137,7 +137,11 @@ class MLP(nn.Module):
 
 def activation(mlp: str):
     """The function on a feed-forward layer's hidden units, or on their gate."""
-    return nn.silu if mlp == "swiglu" else lambda x: nn.gelu(x, approximate=mlp != "gelu_exact")
+    if mlp == "relu":
+        return nn.relu
+    if mlp in ("swiglu", "silu"):
+        return nn.silu
+    return lambda x: nn.gelu(x, approximate=mlp != "gelu_exact")
 
 
 def gaussian(mean: float, std: float):
@@ -153,37 +157,6 @@ def residual_std(config: ModelConfig) -> float:
     """The deviation of matrices that write to the residual stream (Radford et al., 2019)."""
     scale = (2 * config.num_layers) ** -0.5 if config.scale_residual_init else 1.0
     return config.init_std * scale
-
-
-def rope_angles(positions_bt, size: int, theta: float, scaling: RopeScaling | None):
-    """Angles [B, T, R/2], float32, of rotary positions of R features (Su et al., 2021)."""
-    inverse = theta ** -(np.arange(0, size, 2, dtype=np.float64) / size)
-    if scaling is not None and scaling.kind == "linear":
-        inverse = inverse / scaling.factor
-    elif scaling is not None:
-        inverse = _llama3_scaled(inverse, scaling)
-    frequencies = jnp.asarray(inverse, jnp.float32)
-    return positions_bt.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
-
-
-def _llama3_scaled(inverse: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Llama 3.1: long wavelengths are divided by the factor, middling ones by a blend."""
-    turns = scaling.original_max_seq_len * inverse / (2 * np.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return inverse * (blend + (1.0 - blend) / scaling.factor)
-
-
-def apply_rope(x_btnh, angles_bth):
-    """Turn the pairs (i, i + R/2) of every head's first R features by their angles [B, T, R/2].
-
-    In float32, returned as `x`.
-    """
-    half = angles_bth.shape[-1]
-    first, second, rest = jnp.split(x_btnh.astype(jnp.float32), (half, 2 * half), axis=-1)
-    cos, sin = jnp.cos(angles_bth)[:, :, None, :], jnp.sin(angles_bth)[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)
-    return turned.astype(x_btnh.dtype)
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,80 @@
+"""What makes logits of hidden states: of the vocabulary, or of a classifier's labels."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxlm.model_config import ModelConfig
+from jaxlm.nn.layers import Dense, gaussian
+from jaxlm.sharding import constrain, with_axes
+
+
+class VocabularyHead(nn.Module):
+    """Logits [B, T, V], float32; `kernel` unless embeddings are tied, `bias` where asked for."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, hidden_btd, table_vd):
+        c = self.config
+        if c.tie_embeddings:
+            if c.scale_logits:
+                hidden_btd = hidden_btd * jnp.asarray(c.d_model**-0.5, hidden_btd.dtype)
+            matrix, subscripts = table_vd, "btd,vd->btv"
+        else:
+            init = with_axes(gaussian(c.init_mean, c.init_std), ("embed", "vocab"))
+            matrix = self.param("kernel", init, (c.d_model, c.vocab_size))
+            subscripts = "btd,dv->btv"
+        logits_btv = jnp.einsum(
+            subscripts, hidden_btd, matrix.astype(self.dtype), preferred_element_type=jnp.float32
+        )
+        if c.logits_bias:
+            zeros = with_axes(nn.initializers.zeros_init(), ("vocab",))
+            bias = self.param("bias", zeros, (c.vocab_size,))
+            logits_btv = logits_btv + jnp.broadcast_to(bias, logits_btv.shape)
+        logits_btv = constrain(logits_btv, "batch", "length", "vocab")
+        if c.logit_softcap is not None:
+            logits_btv = c.logit_softcap * jnp.tanh(logits_btv / c.logit_softcap)
+        return logits_btv
+
+
+class LabelHead(nn.Module):
+    """Logits [B, T, number of labels], float32: `out`, of an encoder with a bias, and before it,
+    where asked for, `dense` and tanh.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, pooled_btd):
+        c = self.config
+        init = {"init_mean": c.init_mean, "init_std": c.init_std}
+        biased = c.kind == "encoder"
+        if c.pooler:
+            dense = Dense((c.d_model,), ("embed", None), self.dtype, **init, use_bias=True)
+            pooled_btd = jnp.tanh(dense.clone(name="dense")(pooled_btd))
+        out = Dense(
+            (len(c.labels),), ("embed", None), jnp.float32, **init, use_bias=biased, name="out"
+        )
+        return constrain(out(pooled_btd), "batch", "length", None)
+
+
+def init_head(config: ModelConfig, dtype, key, embedding) -> dict:
+    """A head's parameters: `head` of the vocabulary, nothing where it is the embedding alone;
+    `classifier` of labels.
+    """
+    x = jnp.zeros((1, 1, config.d_model), dtype)
+    if config.labels is not None:
+        return {"classifier": LabelHead(config, dtype).init(key, x)["params"]}
+    boxed = VocabularyHead(config, dtype).init(key, x, embedding)
+    return {"head": boxed["params"]} if "params" in boxed else {}
+
+
+def head_logits(config: ModelConfig, dtype, params, hidden_btd):
+    """Logits, float32, of hidden states [B, T, D] by whichever head the parameters have."""
+    if config.labels is not None:
+        return LabelHead(config, dtype).apply({"params": params["classifier"]}, hidden_btd)
+    return VocabularyHead(config, dtype).apply(
+        {"params": params.get("head", {})}, hidden_btd, params["embed"]["embedding"]
+    )

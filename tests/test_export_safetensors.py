@@ -95,6 +95,19 @@ def header(text: bytes) -> bytes:
         (header(b'{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,-8]}}'), ["of its shape"]),
         (header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'), ["inside tensor a"]),
         (header(b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'), ["not quantised"]),
+        *(
+            (header(b'{"a":{"dtype":%b,"shape":%b,"data_offsets":%b}}' % entry), ["its header"])
+            for entry in (
+                (b'"F32"', b"[2]", b'["zero",8]'),
+                (b'"F32"', b"[2]", b"[0,8,8]"),
+                (b'"F32"', b"[2]", b"[0]"),
+                (b'"F32"', b"[2]", b"8"),
+                (b'"F32"', b"[1e999]", b"[0,8]"),
+                (b'"F32"', b"[[2]]", b"[0,8]"),
+                (b'"F32"', b"[" * 5000 + b"]" * 5000, b"[0,8]"),
+            )
+        ),
+        (header(b'{"a":{"dtype":[],"shape":[2],"data_offsets":[0,8]}}'), ["is of type []"]),
         (header(b"{}") + b"rest", ["longer than its header says"]),
     ],
 )

@@ -10,7 +10,7 @@ import transformers
 
 from jaxlm.errors import UserError
 from jaxlm.export import FAMILIES, family_of
-from jaxlm.export.table import Tensor, as_tree, shapes_of
+from jaxlm.export.table import Tensor, _resolved, as_tree, shapes_of
 from jaxlm.model_config import ModelConfig, RopeScaling
 from jaxlm.models.decoder import Decoder
 from jaxlm.presets import PRESETS
@@ -211,6 +211,54 @@ def test_a_missing_setting_is_named():
 def test_models_that_a_family_cannot_express_are_refused(family, config, change, sentence):
     with refuses(sentence):
         family.config_to_theirs(dataclasses.replace(config, **change))
+
+
+WRONG = (None, "x", [], [[]], {}, {"x": "y"}, 0, -1, 1.5, float("inf"), True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_settings_of_a_wrong_kind_are_one_sentence(name):
+    """Whatever config.json has under a key, it is a model or an error of the user's."""
+    family = FAMILIES[name]
+    settings = settings_of(family)
+    family.config_to_ours(settings)
+    keys = {*settings, "rope_scaling", "rope_parameters", "layer_types", "sliding_window_pattern"}
+    refused = 0
+    for key in sorted(keys - {"model_type"}):
+        for value in WRONG:
+            try:
+                family.config_to_ours(settings | {key: value})
+            except UserError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 30
+
+
+def settings_of(family):
+    """The settings that transformers writes for its default model of a family."""
+    return transformers.AutoConfig.for_model(family.model_type).to_dict()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_config_json_leaves_out_means_what_transformers_takes(name):
+    family = FAMILIES[name]
+    settings = settings_of(family)
+    keys = {row.theirs for row in family.settings} | {"layer_types", "rope_parameters"}
+    for key in keys & settings.keys():
+        rest = {name: value for name, value in settings.items() if name != key}
+        theirs = transformers.AutoConfig.for_model(**rest).to_dict()
+        try:
+            ours = family.config_to_ours(rest)
+        except UserError as error:
+            assert f"has no {key!r}" in str(error)
+        else:
+            assert _resolved(ours) == _resolved(family.config_to_ours(theirs)), key
+
+
+@pytest.mark.parametrize("model_type", [None, [], {"llama": 1}])
+def test_a_family_is_named_by_a_text(model_type):
+    with refuses("for which jaxlm has no table"):
+        family_of({"model_type": model_type})
 
 
 def test_an_unknown_family_is_refused():

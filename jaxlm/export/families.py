@@ -18,7 +18,7 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 def family_of(settings: Mapping[str, Any]) -> Family:
     """The family that a config.json names. Raises UserError for one without a table."""
     model_type = settings.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"config.json has model_type={model_type!r}, for which jaxlm has no table"
             f"{nearest(str(model_type), FAMILIES)} (it has {', '.join(FAMILIES)})"

@@ -4,7 +4,17 @@ import dataclasses
 from typing import Any
 
 from jaxlm.export import rope, windows
-from jaxlm.export.llama import ATTENTION, BIAS, ENDS, LAYER, LLAMA, MLP, QK_NORMS, SIZES, TIED
+from jaxlm.export.llama import (
+    ATTENTION,
+    BIAS,
+    ENDS,
+    LAYER,
+    LLAMA,
+    MLP,
+    QK_NORMS,
+    STRICT_SIZES,
+    TIED,
+)
 from jaxlm.export.rope import read_rope, read_two_ropes, write_rope, write_two_ropes
 from jaxlm.export.table import Setting, Tensor, check_whole_heads
 
@@ -18,7 +28,7 @@ NORMS = (
 FIXED = {"mlp": "geglu", "norm_offset": 1.0, "scale_embeddings": True}
 # A config.json without a head_dim means 256, whatever the other sizes.
 GEMMA_SIZES = (
-    *(row for row in SIZES if row.ours != "head_dim"),
+    *(row for row in STRICT_SIZES if row.ours != "head_dim"),
     Setting("head_dim", "head_dim", 256),
 )
 

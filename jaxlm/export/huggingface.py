@@ -35,7 +35,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder} has no {SETTINGS}: give a folder of a model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / SETTINGS} cannot be read ({error})") from None
     if not isinstance(settings, dict):
         raise UserError(f"{folder / SETTINGS} should hold a JSON object")

@@ -1,11 +1,12 @@
 """Llama and its descendants, as transformers stores them: Mistral, Qwen 2 and 3, OLMo 2, Phi-3."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from jaxlm.export import rope, windows
 from jaxlm.export.rope import read_rope, write_rope
-from jaxlm.export.table import Family, Setting, Tensor, check_whole_heads
+from jaxlm.export.table import REQUIRED, Family, Setting, Tensor, check_whole_heads
 
 LAYER = "model.layers.{}."
 ENDS = (
@@ -52,6 +53,18 @@ SIZES = (
     Setting("init_std", "initializer_range", 0.02),
     Setting("attention_dropout", "attention_dropout", 0.0),
 )
+
+
+def required(rows: Iterable[Setting], *keys: str) -> tuple[Setting, ...]:
+    """The rows, of which those with these keys of theirs may not be left out of a config.json:
+    what transformers then takes is the size of one model.
+    """
+    return tuple(
+        dataclasses.replace(row, default=REQUIRED) if row.theirs in keys else row for row in rows
+    )
+
+
+STRICT_SIZES = required(SIZES, "max_position_embeddings", "num_key_value_heads", "rms_norm_eps")
 BIAS = (
     Setting("qkv_bias", "attention_bias", False),
     Setting("out_bias", "attention_bias", False),
@@ -66,7 +79,7 @@ def _write_llama(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_mistral(settings: dict[str, Any]) -> dict[str, Any]:
-    return windows.read_all_alike(read_rope(settings))
+    return windows.read_all_alike(read_rope({"sliding_window": 4096} | settings))
 
 
 def _write_mistral(settings: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +125,7 @@ MISTRAL = dataclasses.replace(
     LLAMA,
     model_type="mistral",
     architecture="MistralForCausalLM",
-    settings=(*SIZES, *rope.SETTINGS, *windows.SETTINGS, UNTIED),
+    settings=(*STRICT_SIZES, *rope.SETTINGS, *windows.SETTINGS, UNTIED),
     read=_read_mistral,
     write=_write_mistral,
 )
@@ -120,7 +133,7 @@ QWEN2 = dataclasses.replace(
     LLAMA,
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    settings=(*SIZES, *rope.SETTINGS, *windows.SETTINGS, UNTIED),
+    settings=(*STRICT_SIZES, *rope.SETTINGS, *windows.SETTINGS, UNTIED),
     fixed={"mlp": "swiglu", "qkv_bias": True},
     read=read_qwen,
     write=write_qwen,
@@ -130,7 +143,7 @@ QWEN3 = dataclasses.replace(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     tensors=(*LLAMA.tensors, *QK_NORMS),
-    settings=(*QWEN2.settings, *BIAS),
+    settings=(*required(QWEN2.settings, "head_dim"), *BIAS),
     fixed={"mlp": "swiglu", "qk_norm": "head"},
 )
 OLMO2 = dataclasses.replace(
@@ -146,7 +159,7 @@ OLMO2 = dataclasses.replace(
         Tensor(LAYER + "self_attn.q_norm.weight", "layers/attention/q_norm/scale", "nh->(nh)"),
         Tensor(LAYER + "self_attn.k_norm.weight", "layers/attention/k_norm/scale", "kh->(kh)"),
     ),
-    settings=(*SIZES, *rope.SETTINGS, UNTIED, *BIAS),
+    settings=(*required(SIZES, "rms_norm_eps"), *rope.SETTINGS, UNTIED, *BIAS),
     fixed={"mlp": "swiglu", "norm_placement": "post", "qk_norm": "all"},
     write=write_rope,
 )
@@ -171,7 +184,7 @@ PHI3 = dataclasses.replace(
         Tensor(LAYER + "mlp.down_proj.weight", "layers/mlp/down/kernel", "fd->df"),
     ),
     settings=(
-        *SIZES,
+        *STRICT_SIZES,
         *rope.SETTINGS,
         *windows.SETTINGS,
         UNTIED,

@@ -7,14 +7,16 @@ from jaxlm.errors import UserError
 from jaxlm.export import rope, windows
 from jaxlm.export.llama import (
     ATTENTION,
+    BIAS,
     ENDS,
     LAYER,
     LLAMA,
     MISTRAL,
     PRE_NORMS,
     QK_NORMS,
+    QWEN2,
     QWEN3,
-    SIZES,
+    STRICT_SIZES,
     UNTIED,
     read_qwen,
 )
@@ -29,6 +31,10 @@ def _experts(names: str) -> tuple[Tensor, ...]:
         Tensor(up, "layers/mlp/up/kernel", "df->fd"),
         Tensor(down, "layers/mlp/down/kernel", "fd->df"),
     )
+
+
+def _read_mixtral(settings: dict[str, Any]) -> dict[str, Any]:
+    return windows.read_all_alike(rope.read_rope({"rope_theta": 1_000_000.0} | settings))
 
 
 def _read_qwen3_moe(settings: dict[str, Any]) -> dict[str, Any]:
@@ -57,8 +63,7 @@ MIXTRAL = dataclasses.replace(
         ),
     ),
     settings=(
-        *(row for row in SIZES if row.theirs != "rms_norm_eps"),
-        Setting("norm_eps", "rms_norm_eps", 1e-5),
+        *STRICT_SIZES,
         *rope.SETTINGS,
         *windows.SETTINGS,
         UNTIED,
@@ -67,6 +72,7 @@ MIXTRAL = dataclasses.replace(
         Setting("experts.d_ff", "intermediate_size"),
         Setting("experts.balance_loss", "router_aux_loss_coef", 0.001),
     ),
+    read=_read_mixtral,
 )
 QWEN3_MOE = dataclasses.replace(
     QWEN3,
@@ -84,7 +90,8 @@ QWEN3_MOE = dataclasses.replace(
         ),
     ),
     settings=(
-        *QWEN3.settings,
+        *QWEN2.settings,
+        *BIAS,
         Setting("experts.num_experts", "num_experts"),
         Setting("experts.num_experts", "num_local_experts"),
         Setting("experts.top_k", "num_experts_per_tok", 8),

@@ -30,6 +30,8 @@ TYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in TYPES.items()}
+# What reading JSON raises that is none, is nested too deep, or says something else.
+NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -89,7 +91,7 @@ def _files(folder: Path) -> list[str]:
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             names = sorted(set(index["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        except (OSError, *NOT_AS_EXPECTED):
             raise UserError(
                 f"{folder / INDEX} cannot be read: it should be a JSON object with a weight_map"
             ) from None
@@ -130,11 +132,8 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
     try:
         header = json.loads(content[8 : 8 + length].tobytes())
         header.pop("__metadata__", None)
-        entries = {
-            str(name): (entry["dtype"], tuple(map(int, entry["shape"])), *entry["data_offsets"])
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
+        entries = {str(name): _entry(entry) for name, entry in header.items()}
+    except (*NOT_AS_EXPECTED, OverflowError):
         raise damaged("its header is not what it should be") from None
     values = content[8 + length :]
     tensors = {}
@@ -158,6 +157,12 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
     if max((end for *_, end in entries.values()), default=0) != values.size:
         raise damaged("it is longer than its header says")
     return tensors
+
+
+def _entry(entry: Mapping) -> tuple[str, tuple[int, ...], int, int]:
+    """Type, shape, first byte and the one behind the last of a tensor in a header."""
+    start, end = map(int, entry["data_offsets"])
+    return str(entry["dtype"]), tuple(map(int, entry["shape"])), start, end
 
 
 def _split(

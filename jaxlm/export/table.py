@@ -183,9 +183,16 @@ class Family:
                         f"config.json of a {self.model_type} model has no {row.theirs!r}"
                     )
             return ModelConfig(**_nested(fields))
+        except UserError:
+            raise
         except ValidationError as error:
             raise UserError(
                 f"config.json of a {self.model_type} model: {_sentence(error)}"
+            ) from None
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise UserError(
+                f"config.json of a {self.model_type} model has a setting of another kind than "
+                f"transformers writes ({error})"
             ) from None
 
     def config_to_theirs(self, config: ModelConfig) -> dict[str, Any]:

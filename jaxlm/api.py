@@ -92,9 +92,9 @@ def export_checkpoint(
     *,
     dtype: str = "float32",
     family: str | None = None,
-    step: str = "last",
+    step: str | int = "last",
     average: bool = True,
-    shard_gb: float = 5.0,
+    shard_gb: float | None = None,
     skip_verification: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Verification:
@@ -105,23 +105,23 @@ def export_checkpoint(
     weights: "float32", "bfloat16", "float16" or, for GGUF, "q8_0". `family` names one of
     transformers' model types where several can express the model. `step` is "last", "best" or a
     number, `average` takes the moving average of the parameters where the run kept one, and a file
-    of weights has at most `shard_gb` gigabytes. `say` gets lines of progress.
+    of "hf" weights has at most `shard_gb` gigabytes (5). `say` gets lines of progress.
 
     Returns how the written model compares; `verified` is false only where the other stack is not
     installed or `skip_verification` is set. Raises UserError where it cannot be written, and,
     leaving nothing behind, where it computes something else there.
     """
     out = Path(out).expanduser()
-    check_target(to, dtype, out)
-    folder = model.source if isinstance(model, LanguageModel) else find_model(model, step)
-    source = read_model(folder, average)
+    check_target(to, dtype, out, family, shard_gb)
+    folder = model.source if isinstance(model, LanguageModel) else model
+    source = read_model(find_model(folder, str(step)), average)
     return export_model(
         source,
         to,
         out,
         dtype=dtype,
         family=family,
-        file_bytes=int(shard_gb * 1e9),
+        shard_gb=shard_gb,
         skip=skip_verification,
         say=say,
     )

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxlm.checkpoint import CONFIG, METRICS, restore_params
 from jaxlm.cli import read_config
 from jaxlm.config import Config
+from jaxlm.errors import UserError
 from jaxlm.export.huggingface import (
     Model,
     is_model_folder,
@@ -29,9 +30,16 @@ FACTS = ("step", "tokens", "valid_loss", "valid_perplexity", "valid_bits_per_byt
 
 
 def find_model(path: str | Path, step: str = "last") -> Path:
-    """The folder of a model: `path` itself, or the step of the run that `path` is."""
+    """The folder of a model: `path` itself, or the step of the run that `path` is.
+
+    Raises UserError where there is none, or a `step` is asked of what is no run.
+    """
     path = Path(path).expanduser()
-    return path if is_model_folder(path) else find_step(path, step)
+    if not is_model_folder(path):
+        return find_step(path, step)
+    if step != "last":
+        raise UserError(f"{path} is a model without steps: leave out step={step}")
+    return path
 
 
 def read_description(folder: Path) -> tuple[Config, Tokenizer, list[int]]:

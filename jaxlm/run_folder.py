@@ -50,6 +50,8 @@ def find_step(path: Path, which: str = "last") -> Path:
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder such as runs/default")
     if (path / STATE).is_dir():
+        if which != "last":
+            raise UserError(f"{path} is one step: leave out step={which}, or give its run")
         problem = verify(path)
         if problem:
             raise UserError(

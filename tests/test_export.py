@@ -145,7 +145,7 @@ def test_other_types_are_compared_with_rounded_weights(trained_run, tmp_path, dt
 
 def test_a_step_is_chosen(trained_run, tmp_path):
     out = tmp_path / "first"
-    jaxlm.export_checkpoint(trained_run, out=out, step="30", skip_verification=True)
+    jaxlm.export_checkpoint(trained_run, out=out, step=30, skip_verification=True)
     first = read_model(find_model(trained_run / "checkpoints" / "step_00000030"))
     jax.tree.map(np.testing.assert_array_equal, read_model(out).params, first.params)
     steps = {s: find_model(trained_run, s).name for s in ("best", "last")}
@@ -154,6 +154,10 @@ def test_a_step_is_chosen(trained_run, tmp_path):
     assert steps == {"best": f"step_{best:08}", "last": "step_00000060"}
     with refuses("has no step '45'", "30, 60"):
         find_model(trained_run, "45")
+    with refuses("is one step", "leave out step=30"):
+        find_model(trained_run / "checkpoints" / "step_00000060", "30")
+    with refuses("is a model without steps", "leave out step=best"):
+        find_model(out, "best")
 
 
 @pytest.mark.slow
@@ -180,6 +184,41 @@ def test_a_wrong_table_is_found_out_and_nothing_is_left(trained_run, tmp_path, m
     with refuses("transformers runs another model", "prompt 0 differs at position"):
         jaxlm.export_checkpoint(trained_run, out=tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (1e30, "float16")])
+def test_a_model_that_computes_no_numbers_is_not_called_verified(exported, tmp_path, value, dtype):
+    model = read_model(exported)
+    scale = model.params["final_norm"]["scale"].at[0].set(value)
+    model = dataclasses.replace(model, params=model.params | {"final_norm": {"scale": scale}})
+    with refuses("numbers that are not finite"):
+        exporter.export_model(model, "hf", tmp_path / "hf", dtype=dtype, say=print)
+    assert list(tmp_path.iterdir()) == []
+
+
+EXPECTED = verify.Expected([[1, 2]], [[0, 1]], [np.float32([[1, 0], [1, 0], [0, 1], [0, 1]])], [[]])
+
+
+@pytest.mark.parametrize(
+    ("logits", "greedy", "words"),
+    [
+        ([[1, 0], [1, np.nan]], [0, 1], "differs at position 1 by inf"),
+        ([[1, 0], [1, 1e-3]], [0, 1], "differs at position 1 by 1.0e-03"),
+        ([[1, 0], [1, 0]], [1, 1], "different at token 0: 0 here, 1 there"),
+        ([[1, 0], [1, 0]], [0], "gave 1 greedy tokens where there are 2"),
+        ([[1, 0]], [0, 1], "gave logits (1, 2) where there are (2, 2)"),
+        ([[1, 0], [1, 9e-5]], [0, 1], ""),
+    ],
+)
+def test_what_an_answer_lacks_is_said(logits, greedy, words):
+    answer = {"logits_0": np.float32(logits), "greedy_0": np.array(greedy)}
+    try:
+        result = verify._compare_prompt(verify.TRANSFORMERS, EXPECTED, 0, answer, 1e-4)
+    except UserError as error:
+        said = str(error)
+    else:
+        said = verify._prompt_problem(0, result, 1e-4)
+    assert words in said and bool(words) == bool(said)
 
 
 def test_without_the_other_stack_it_is_unverified_and_says_so(
@@ -218,6 +257,10 @@ def test_llama_cpp_runs_it(trained_run, tmp_path, dtype):
         (["--to=hf", "--out=x", "--family=lama"], ["'lama' has no table", "'llama'"]),
         (["--to=hf", "--out=x", "--family=gpt2"], ["cannot be written as gpt2"]),
         (["--to=hf", "--out=x", "--step=7"], ["has no step '7'"]),
+        (["--to=hf", "--out=x", "--shard_gb=0"], ["shard_gb=0.0 is no size"]),
+        (["--to=hf", "--out=x", "--shard_gb=nan"], ["shard_gb=nan is no size"]),
+        (["--to=gguf", "--out=x", "--shard_gb=1"], ["in one file", "leave out shard_gb"]),
+        (["--to=stablehlo", "--out=x", "--family=llama"], ["no families"]),
         (["--check", "--to=hf"], ["--check writes nothing", "--to"]),
         (["--check"], ["has no config.json"]),
         (["--shards=3"], ["unrecognized"]),

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "--family", help="model type of transformers, where several can express the model"
     )
     parser.add_argument(
-        "--shard_gb", type=float, default=5.0, help="largest file of weights [%(default)s]"
+        "--shard_gb", type=float, help="of hf: largest file of weights, in gigabytes [5]"
     )
     parser.add_argument(
         "--skip_verification", action="store_true", help="and say so in verification.json"

@@ -1,6 +1,7 @@
 """Writing a model for another stack: beside its place first, and there once it is verified."""
 
 import errno
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ STACKS: Mapping[str, verify.Stack] = {
     "stablehlo": verify.STABLEHLO,
 }
 GGUF_FILE = "model.gguf"
+SHARD_GB = 5.0
 HINTS = {
     ("hf", "qwen2"): "; transformers reads the tokenizer of every qwen2 model as Qwen's own: use "
     "Qwen's, or train with model.qkv_bias=false",
@@ -34,7 +36,7 @@ def export_model(
     *,
     dtype: str = "float32",
     family: str | None = None,
-    file_bytes: int,
+    shard_gb: float | None = None,
     skip: bool = False,
     say: Callable[[str], None],
 ) -> Verification:
@@ -44,11 +46,11 @@ def export_model(
     cannot be written so, and, with nothing left behind, for one that computes something else
     there.
     """
-    stack = check_target(to, dtype, out)
+    stack = check_target(to, dtype, out, family, shard_gb)
     table = None if to == "stablehlo" else family_for(model.config, family)
     with _beside(out) as draft:
         say(f"writing {out} ({to}, {dtype})")
-        path = _write(model, to, draft, dtype, table, file_bytes)
+        path = _write(model, to, draft, dtype, table, shard_gb or SHARD_GB)
         if skip:
             report = verify.skipped(stack, dtype)
         else:
@@ -63,26 +65,34 @@ def export_model(
     return report
 
 
-def check_target(to: str, dtype: str, out: Path) -> verify.Stack:
-    """The stack that `to` names. Raises UserError for one that is not known, and so on."""
+def check_target(
+    to: str, dtype: str, out: Path, family: str | None = None, shard_gb: float | None = None
+) -> verify.Stack:
+    """The stack that `to` names. Raises UserError for what is not known, or is not used there."""
     if to not in STACKS:
         raise UserError(f"to={to!r} is not known{nearest(to, STACKS)} (use {', '.join(STACKS)})")
     types = STACKS[to].tolerance
     if dtype not in types:
         raise UserError(f"dtype={dtype!r} cannot be written to {to}: use {', '.join(types)}")
+    if family is not None and to == "stablehlo":
+        raise UserError(f"stablehlo has no families: leave out family={family!r}")
+    if shard_gb is not None and to != "hf":
+        raise UserError(f"{to} keeps its weights in one file: leave out shard_gb={shard_gb}")
+    if shard_gb is not None and not 0 < shard_gb < math.inf:
+        raise UserError(f"shard_gb={shard_gb} is no size of a file: give gigabytes, such as 5")
     if out.exists():
         raise UserError(f"{out} exists: give another folder, or remove it first")
     return STACKS[to]
 
 
-def _write(model: Model, to: str, folder: Path, dtype: str, table, file_bytes: int) -> Path:
+def _write(model: Model, to: str, folder: Path, dtype: str, table, shard_gb: float) -> Path:
     """Write all files; returns the path that the other stack is given."""
     if to == "stablehlo":
         write_stablehlo(folder, model, dtype)
         write_tokenizer(model.tokenizer, folder, model.config.max_seq_len)
         return folder
     if to == "hf":
-        write_model(folder, table, model, dtype, file_bytes)
+        write_model(folder, table, model, dtype, int(shard_gb * 1e9))
         return folder
     settings = table.config_to_theirs(model.config)
     tensors = table.to_theirs(model.params, model.config)

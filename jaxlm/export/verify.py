@@ -120,7 +120,10 @@ class Expected:
 
 
 def expected_of(model: Model, dtype: str | None) -> Expected:
-    """Run the model on prompts of its own, in float32, its weights rounded to `dtype` first."""
+    """Run the model on prompts of its own, in float32, its weights rounded to `dtype` first.
+
+    Raises UserError where its logits are not finite.
+    """
     config = dataclasses.replace(
         model.config, dtype="float32", attention="plain", dropout=0.0, attention_dropout=0.0
     )
@@ -143,6 +146,12 @@ def expected_of(model: Model, dtype: str | None) -> Expected:
         )
         rows = [prompt + new for prompt, new in zip(prompts, greedy, strict=True)]
         logits = _logits(decoder, params, rows)
+    if not all(np.isfinite(values).all() for values in logits):
+        rounded = "" if dtype is None else f" once its weights are rounded to {dtype}"
+        raise UserError(
+            f"the model computes numbers that are not finite{rounded}, so that nothing can be "
+            "compared: export another step, or another dtype"
+        )
     return Expected(prompts, greedy, logits, ids)
 
 
@@ -269,7 +278,13 @@ def _compare_prompt(stack: Stack, expected: Expected, i: int, answer, tolerance:
     ours, theirs = ours[positions], answer[f"{'logprobs' if stack.normalised else 'logits'}_{i}"]
     if ours.shape != theirs.shape:
         raise UserError(f"{stack.name} gave logits {theirs.shape} where there are {ours.shape}")
-    largest = float(np.abs(ours).max())
+    greedy = answer[f"greedy_{i}"].tolist()
+    if len(greedy) != len(expected.greedy[i]):
+        raise UserError(
+            f"{stack.name} gave {len(greedy)} greedy tokens where there are "
+            f"{len(expected.greedy[i])}"
+        )
+    largest = max(float(np.abs(ours).max()), float(np.finfo(np.float32).tiny))
     apart = np.abs(ours - theirs)
     apart = np.where(np.isnan(apart), np.inf, apart).max(axis=1) / largest
     worst = int(apart.argmax())
@@ -277,14 +292,14 @@ def _compare_prompt(stack: Stack, expected: Expected, i: int, answer, tolerance:
         "difference": float(apart[worst]),
         "at_position": int(positions[worst]),
         "largest_logit": largest,
-        "greedy": _compare_greedy(expected, i, answer[f"greedy_{i}"].tolist(), tolerance * largest),
+        "greedy": _compare_greedy(expected, i, greedy, tolerance * largest),
     }
 
 
 def _compare_greedy(expected: Expected, i: int, theirs: list[int], tolerance: float) -> str:
     """Whether greedy texts are equal, nearly tied where they part, or different."""
     start = len(expected.prompts[i]) - 1
-    for k, (mine, other) in enumerate(zip(expected.greedy[i], theirs, strict=False)):
+    for k, (mine, other) in enumerate(zip(expected.greedy[i], theirs, strict=True)):
         if mine != other:
             logits = expected.logits[i][start + k]
             near = logits[mine] - logits[other] <= 2 * tolerance

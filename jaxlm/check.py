@@ -131,7 +131,7 @@ def _for_checking(config: Config, width: int | None) -> Config:
         f"{model.num_layers} layers of width {model.d_model}, vocabulary {model.vocab_size}, rows "
         f"of {config.seq_len} tokens; float32, no warm-up"
     )
-    return dataclasses.replace(config, model=model, optim=optim, init_from=None)
+    return dataclasses.replace(config, model=model, optim=optim)
 
 
 def shrink(model: ModelConfig, width: int) -> ModelConfig:

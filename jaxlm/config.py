@@ -139,6 +139,23 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021) that are trained in place of the model of init_from."""
+
+    rank: Count = 16
+    """Width of an adapter: a projection W becomes W + alpha / rank B A."""
+    alpha: Positive = 32.0
+    """Factor on an adapter, over rank."""
+    targets: Names = ()
+    """Projections that get one, such as [q,v]; empty: all of every layer but routers."""
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """The loop."""
 
@@ -245,6 +262,8 @@ class Config:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    lora: LoraConfig | None = None
+    """Train low-rank adapters alone; null: all parameters."""
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -258,6 +277,11 @@ class Config:
             raise UserError(
                 f"task={self.task} cannot train model.kind={self.model.kind}: use "
                 f"{' or '.join(kinds)}"
+            )
+        if self.lora is not None and self.init_from is None:
+            raise UserError(
+                "lora trains adapters of a model that is there: set init_from to a run or a "
+                "Hugging Face folder, or leave lora out"
             )
         if self.seq_len > self.model.max_seq_len:
             raise UserError(

@@ -122,6 +122,11 @@ class Layout:
         """Logical shapes with layers in their order to what is stored. For use under jit."""
         return self.pad(self._take_layers(tree, self.order))
 
+    def unstore(self, tree):
+        """Undo `store`. For use under jit."""
+        places = None if self.order is None else np.argsort(self.order)
+        return self._take_layers(self.unpad(tree), places)
+
     def to_exact(self, tree):
         """Stored arrays as arrays of logical shape, layers in their order, for a checkpoint."""
         return tree if self._is_exact else self._exactly(tree)
@@ -142,10 +147,7 @@ class Layout:
     @functools.cached_property
     def _exactly(self):
         shardings = jax.tree.map(lambda s: s.sharding, self.exact)
-        places = None if self.order is None else np.argsort(self.order)
-        return jax.jit(
-            lambda tree: self._take_layers(self.unpad(tree), places), out_shardings=shardings
-        )
+        return jax.jit(self.unstore, out_shardings=shardings)
 
     @functools.cached_property
     def _storing(self):

@@ -1,6 +1,7 @@
 """The update: a pure step on logical shapes, and its compilation onto a mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxlm.config import Config
 from jaxlm.mesh import batch_shards
 from jaxlm.models.build import make_model
-from jaxlm.nn import moe
+from jaxlm.nn import lora, moe
 from jaxlm.nn.layers import Dropout
 from jaxlm.parallel.pipeline import make_schedule
 from jaxlm.parallel.ring import ring_order
@@ -36,13 +37,16 @@ class TrainState:
     step: jax.Array
     """Updates tried, which is also the index of the next batch."""
     params: object
+    """What trains: the model's parameters or, with `lora`, adapters and a new head."""
     opt_state: object
     ema: object
-    """Exponential moving average of the parameters, or None."""
+    """Exponential moving average of what trains, or None."""
     skipped: jax.Array
     """Updates skipped so far for a non-finite loss or gradient."""
     skipped_in_row: jax.Array
     """Updates skipped since the last one that was not."""
+    frozen: object = None
+    """The parameters that no update changes and no checkpoint holds; None: there are none."""
 
 
 def init_state(params, optimizer, config: Config) -> TrainState:
@@ -66,6 +70,7 @@ def train_step(state: TrainState, batch: Batch, *, model, optimizer, schedule, c
 
     def loss_fn(params, micro: Batch, places):
         dropout = Dropout(key, *places) if drops else None
+        params = lora.attach(config.lora, state.frozen, params)
         sums, routed = loss_sums(model, params, micro, train, dropout)
         loss = sums.objective(train.z_loss, train.label_smoothing) / targets
         return loss + moe.auxiliary_loss(config.model, routed, tokens), (sums, routed)
@@ -77,7 +82,8 @@ def train_step(state: TrainState, batch: Batch, *, model, optimizer, schedule, c
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     rate = schedule(state.step)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
-    params = moe.balance(config.model, params, routed)
+    if config.lora is None:
+        params = moe.balance(config.model, params, routed)
     ema = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1.0 - config.optim.ema_decay)
@@ -85,7 +91,8 @@ def train_step(state: TrainState, batch: Batch, *, model, optimizer, schedule, c
     old = (state.params, state.opt_state, state.ema)
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
     params, opt_state, ema = jax.tree.map(keep, (params, opt_state, ema), old)
-    state = TrainState(
+    state = dataclasses.replace(
+        state,
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
@@ -162,14 +169,18 @@ class Program:
 
     mesh: Mesh
     layout: Layout
+    saved: Layout
+    """Of the state without what is frozen, as checkpoints hold it."""
     init: Callable
     """() -> TrainState, from the seed."""
     init_from: Callable
-    """(parameters in stored shapes) -> TrainState; the parameters are donated."""
+    """(the model's parameters in stored shapes) -> TrainState; the parameters are donated."""
     train_step: Callable
     """(TrainState, Batch) -> (TrainState, metrics); the state is donated."""
     eval_step: Callable
-    """(parameters, Batch) -> (nats, targets)."""
+    """(the model's parameters, Batch) -> (nats, targets)."""
+    eval_params: Callable
+    """TrainState -> the model's parameters that stand for it: averaged if the run does, merged."""
 
     def put(self, batch: Batch, rows=None, count: int = 0) -> Batch:
         """A host batch on the devices; with `rows`, it is these of the global batch's `count`."""
@@ -184,35 +195,73 @@ def build_model(config: Config, mesh: Mesh):
     return make_model(config.model, schedule)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run's state is made of, and how its parts are stored on a mesh."""
+
+    begin: Callable
+    """(the model's parameters in logical shapes) -> TrainState, in logical shapes."""
+    optimizer: optax.GradientTransformation
+    state: Layout
+    saved: Layout
+    """Of the state without what is frozen."""
+    params: Layout
+    """Of the model's parameters."""
+
+
+def plan_state(model, make_optimizer: Callable, config: Config, mesh: Mesh) -> Plan:
+    """Plan what trains, what is frozen, and where all of it lies."""
+    key = jax.random.key(config.seed)
+    boxed = jax.eval_shape(model.init, key)
+    params, axes = split_boxes(boxed)
+    draw = functools.partial(lora.init_adapters, config.lora, boxed, key)
+    adapters, adapter_axes = split_boxes(jax.eval_shape(draw))
+    optimizer = make_optimizer(lora.joined(lora.divide(config, axes)[0], adapter_axes))
+
+    def begin(params):
+        trained, frozen = lora.divide(config, params)
+        trained = lora.joined(trained, split_boxes(draw())[0])
+        return dataclasses.replace(init_state(trained, optimizer, config), frozen=frozen)
+
+    logical = jax.eval_shape(begin, params)
+    every, every_axes = lora.joined(params, adapters), lora.joined(axes, adapter_axes)
+    state_axes = axes_like(logical, every, every_axes)
+    place_all = functools.partial(
+        make_layout, mesh=mesh, order=model.schedule.order(config.model.num_layers)
+    )
+    without = functools.partial(dataclasses.replace, frozen=None)
+    return Plan(
+        begin=begin,
+        optimizer=optimizer,
+        state=place_all(logical, state_axes),
+        saved=place_all(without(logical), without(state_axes)),
+        params=place_all(params, axes),
+    )
+
+
 def build_program(model, make_optimizer: Callable, schedule: Callable, config: Config, mesh: Mesh):
     """Lay the state out on the mesh and compile init, train and eval for it.
 
-    `make_optimizer(axes)` gets the parameters' logical axes.
+    `make_optimizer(axes)` gets the logical axes of the parameters that train.
     """
     key = jax.random.key(config.seed)
-    params, axes = split_boxes(jax.eval_shape(model.init, key))
-    optimizer = make_optimizer(axes)
-    logical = jax.eval_shape(lambda p: init_state(p, optimizer, config), params)
-    state_axes = axes_like(logical, params, axes)
-    order = model.schedule.order(config.model.num_layers)
-    layout = make_layout(logical, state_axes, mesh, order)
-    params_layout = make_layout(params, axes, mesh, order)
+    plan = plan_state(model, make_optimizer, config, mesh)
+    layout, params_layout = plan.state, plan.params
     stored, everywhere = layout.shardings, replicated_sharding(mesh)
     rows = batch_sharding(mesh)
 
     def initial():
-        params, _ = split_boxes(model.init(key))
-        return layout.store(init_state(params, optimizer, config))
+        return layout.store(plan.begin(split_boxes(model.init(key))[0]))
 
     def initial_from(params):
-        return layout.pad(init_state(params_layout.unpad(params), optimizer, config))
+        return layout.store(plan.begin(params_layout.unstore(params)))
 
     def update(state, batch):
         state, metrics = train_step(
             layout.unpad(state),
             batch,
             model=model,
-            optimizer=optimizer,
+            optimizer=plan.optimizer,
             schedule=schedule,
             config=config,
         )
@@ -221,12 +270,17 @@ def build_program(model, make_optimizer: Callable, schedule: Callable, config: C
     def evaluate(params, batch):
         return eval_step(params_layout.unpad(params), batch, model=model, config=config)
 
+    def merged(state):
+        state = layout.unpad(state)
+        return params_layout.pad(lora.merge(config.lora, state.frozen, _averaged(state)))
+
     def compiled(function, **options):
         return jax.jit(on_mesh(function, mesh), **options)
 
     return Program(
         mesh=mesh,
         layout=layout,
+        saved=plan.saved,
         init=compiled(initial, out_shardings=stored),
         init_from=compiled(initial_from, out_shardings=stored, donate_argnums=0),
         train_step=compiled(
@@ -239,7 +293,14 @@ def build_program(model, make_optimizer: Callable, schedule: Callable, config: C
         eval_step=compiled(
             evaluate, in_shardings=(params_layout.shardings, rows), out_shardings=everywhere
         ),
+        eval_params=_averaged
+        if config.lora is None
+        else compiled(merged, out_shardings=params_layout.shardings),
     )
+
+
+def _averaged(state: TrainState):
+    return state.params if state.ema is None else state.ema
 
 
 def on_mesh(function: Callable, mesh: Mesh) -> Callable:

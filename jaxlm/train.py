@@ -295,13 +295,10 @@ class Trainer:
         self.last_save = time.monotonic()
         self.meter.restart_clock()
 
-    def _eval_params(self):
-        return self.state.params if self.state.ema is None else self.state.ema
-
     def _validate(self) -> dict[str, float]:
         """Loss on the validation text, and a sample; written, shown and returned."""
         self.meter.flush()
-        params = self._eval_params()
+        params = self.program.eval_params(self.state)
         metrics = self.validation.loss(params, self.stall.step)
         self.log.write({"step": self.step, **metrics})
         self.display.line(

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 
 from jaxlm.model_config import ModelConfig
 from jaxlm.parallel.lookup import lookup
@@ -16,8 +17,18 @@ ENCODER = 2**31  # in place of a layer's number: beyond all of a decoder's
 CROSS = 2**31 + 1  # the same for a layer's attention to a source
 
 
+class Projection(nn.LogicallyPartitioned):
+    """The kernel [*in, *out] of a `Dense`: what an adapter can be given to."""
+
+    num_in: int = struct.field(pytree_node=False, default=1)
+
+
 class Dense(nn.Module):
-    """A linear map over the last `num_in` dimensions of its input; the kernel is [*in, *out]."""
+    """A linear map over the last `num_in` dimensions of its input; the kernel is [*in, *out].
+
+    Where its parameters have an adapter, `lora_a` [*in, R] and `lora_b` [R, *out] (`nn.lora` makes
+    them), what these two make of the input is added.
+    """
 
     out_shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -32,16 +43,26 @@ class Dense(nn.Module):
     def __call__(self, x):
         in_shape = x.shape[x.ndim - self.num_in :]
         init = gaussian(self.init_mean, self.init_std)
-        kernel = self.param("kernel", with_axes(init, self.axes), in_shape + self.out_shape)
-        contract = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
-        y = jax.lax.dot_general(
-            x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
-        )
+
+        def boxed(*args):
+            return Projection(init(*args), self.axes, num_in=self.num_in)
+
+        kernel = self.param("kernel", boxed, in_shape + self.out_shape)
+        y = self._multiply(x, kernel, self.num_in)
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+            y = y + self._multiply(self._multiply(x, a, self.num_in), b, 1)
         if self.use_bias:
             zeros = with_axes(nn.initializers.zeros_init(), self.axes[self.num_in :])
             bias = self.param("bias", zeros, self.out_shape).astype(self.dtype)
             y = y + jnp.broadcast_to(bias, y.shape)
         return y
+
+    def _multiply(self, x, kernel, num_in: int):
+        contract = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
+        return jax.lax.dot_general(
+            x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
+        )
 
 
 class Norm(nn.Module):

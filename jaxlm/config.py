@@ -20,6 +20,7 @@ from jaxlm.values import (
     PathText,
     Positive,
     Seed,
+    Text,
     Weights,
 )
 
@@ -37,11 +38,31 @@ class DataConfig:
     valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of documents held out (by a hash of the text) where data.valid is empty."""
     text_field: str = "text"
-    """The field that holds the text in JSON lines, Parquet and datasets."""
+    """The field that holds the text in JSON lines, Parquet and datasets (classification: also in
+    TSV, there a number from 1, if it is not column 2)."""
+    source_column: Text | None = None
+    """translation, instruction: the source's field, or its number in TSV; null: source (prompt) and
+    column 1."""
+    target_column: Text | None = None
+    """translation, instruction: the target's field, or its number in TSV; null: target (completion)
+    and column 2."""
+    label_column: Text | None = None
+    """classification: the label's field, or its number in TSV; null: label and column 1."""
+    tsv_header: bool = False
+    """The first line of every .tsv names its columns."""
+    languages: Names = ()
+    """translation: target language of each source in data.train, or one for all; the model is told
+    by a tag such as >>de<<. Empty: no tags."""
+    valid_languages: Names = ()
+    """The same for data.valid; empty: as data.languages."""
+    language_column: Text | None = None
+    """translation: the field, or number in TSV, that names each record's target language."""
     seq_len: Count | None = None
     """Tokens in a training row; null: model.max_seq_len (with init_from, 1024 at most)."""
+    source_len: Count | None = None
+    """translation: tokens on the source side of a row; null: data.seq_len."""
     on_bad: Literal["skip", "error"] = "skip"
-    """Invalid UTF-8: skip the document and count it, or stop."""
+    """Invalid UTF-8 or null, or an empty field of a pair: skip and count it, or stop."""
     cache: str | None = None
     """Folder of token files; null: the user's cache folder ($XDG_CACHE_HOME/jaxlm)."""
     workers: Natural = 0

@@ -19,6 +19,11 @@ def as_tuple(value):
     return tuple(value) if isinstance(value, list) else value
 
 
+def as_text(value):
+    """Let a number stand for its digits."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def as_path(value):
     """Expand `~`, so that the config that a run keeps says where its files are."""
     if value == "":
@@ -30,5 +35,6 @@ MAX_SEED = 2**32 - 1  # what NumPy's and JAX's generators take
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 PathText = Annotated[str, BeforeValidator(as_path)]
+Text = Annotated[str, BeforeValidator(as_text), Field(min_length=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 Weights = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]

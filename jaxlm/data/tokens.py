@@ -41,26 +41,20 @@ class TokenFile:
     def __init__(self, path: str | Path):
         """Raises UserError where the file is incomplete or damaged."""
         self.path = Path(path)
+        self.manifest = manifest = open_manifest(self.path, FORMAT, "token file")
         try:
-            self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_bytes())
-            found = self.manifest["format"]
-            self.num_tokens: int = self.manifest["num_tokens"]
-            self.num_documents: int = self.manifest["num_documents"]
-            self.num_bytes: int = self.manifest["num_bytes"]
-            self.num_skipped: int = self.manifest["num_skipped"]
-            self.digest: str = self.manifest["digest"]
-            dtype = np.dtype(self.manifest["dtype"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.num_tokens: int = manifest["num_tokens"]
+            self.num_documents: int = manifest["num_documents"]
+            self.num_bytes: int = manifest["num_bytes"]
+            self.num_skipped: int = manifest["num_skipped"]
+            self.digest: str = manifest["digest"]
+            dtype = np.dtype(manifest["dtype"])
+        except (KeyError, TypeError) as error:
             raise UserError(
                 f"{self.path} is not a complete token file ({error}): prepare the data again"
             ) from error
-        if found != FORMAT:
-            raise UserError(
-                f"{self.path} has format {found}, but this version reads {FORMAT}: prepare the "
-                "data again"
-            )
-        self.tokens = _map(self.path / "tokens.bin", dtype, self.num_tokens)
-        self.offsets = _map(self.path / "offsets.bin", OFFSET, self.num_documents + 1)
+        self.tokens = map_array(self.path / "tokens.bin", dtype, self.num_tokens)
+        self.offsets = map_array(self.path / "offsets.bin", OFFSET, self.num_documents + 1)
         if self.offsets[-1] != self.num_tokens:
             raise UserError(f"{self.path}/offsets.bin is damaged: prepare the data again")
 
@@ -94,7 +88,7 @@ class TokenWriter:
     def finish(self, **facts: Any) -> None:
         """Complete the file, with `facts` (`num_skipped` among them) in its manifest."""
         for file in (self._tokens, self._offsets):
-            _close(file)
+            sync(file)
         manifest = {
             "format": FORMAT,
             "dtype": self._dtype.str,
@@ -104,9 +98,7 @@ class TokenWriter:
             "digest": self._digest.hexdigest(),
             **facts,
         }
-        file = (self.path / "manifest.json").open("wb")
-        file.write(json.dumps(manifest, indent=2).encode() + b"\n")
-        _close(file)
+        write_manifest(self.path, manifest)
 
     def close(self) -> None:
         """Let go of the files, whether or not they are finished."""
@@ -114,14 +106,38 @@ class TokenWriter:
         self._offsets.close()
 
 
-def _close(file) -> None:
+def open_manifest(path: Path, format: int, kind: str) -> dict[str, Any]:
+    """What was recorded about a file of a kind. Raises UserError where it is not of `format`."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        found = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a complete {kind} ({error}): prepare the data again"
+        ) from error
+    if found != format:
+        raise UserError(
+            f"{path} has format {found}, but this version reads {format}: prepare the data again"
+        )
+    return manifest
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Record what a file is, when all else of it is on the disk."""
+    file = (path / "manifest.json").open("wb")
+    file.write(json.dumps(manifest, indent=2).encode() + b"\n")
+    sync(file)
+
+
+def sync(file) -> None:
     """Close once the bytes are on the disk, so that what comes later is never there before."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
 
 
-def _map(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+def map_array(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+    """A file's values [length], memory-mapped. Raises UserError where it has another size."""
     try:
         size = path.stat().st_size
         if size != length * dtype.itemsize:

@@ -1,42 +1,35 @@
 """Text to token ids and back: one small interface over SentencePiece and `tokenizers`.
 
-A tokenizer trained here is exact: `decode(encode(text)) == text` for every string. One loaded from
-a file is as exact as its own normalisation lets it be.
+A tokenizer that jaxlm trains is exact: `decode(encode(text)) == text` for every string. One loaded
+from a file is as exact as its own normalisation lets it be.
 """
 
 import hashlib
-import io
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import tokenizers
 
-from jaxlm.config import TokenizerConfig
 from jaxlm.errors import UserError
 
 # SentencePiece writes a space as this character, so in text it cannot stand for itself.
 SPACE_MARK = "\u2581"
-# SentencePiece drops training sentences above this many bytes; ours are cut to a quarter as many
-# characters, which never have more than four bytes each.
-SENTENCE_BYTES = 16384
 # Long texts are encoded in stretches that end before the first space of a gap. No piece reaches
 # over such a place, unless a model has pieces with a space inside.
 STRETCH = 4096
 STRETCHES = re.compile(rf"(?s).{{{STRETCH},}}?(?:(?<=[^ ])(?= )|\Z)|.+")
 INNER_SPACE = re.compile(f"[^{SPACE_MARK}]{SPACE_MARK}")
-BYTE_PIECES = 256
-SPECIAL_PIECES = ("<unk>", "<s>", "</s>")
+CHAT_TEMPLATE = "chat_template.jinja"
 BEGIN_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
 END_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
 
 
 class Tokenizer:
-    """What jaxlm needs of a tokenizer. Made by `load_tokenizer` and `train_tokenizer`.
+    """What jaxlm needs of a tokenizer. Made by `load_tokenizer`, or by training.
 
     Attributes:
         vocab_size: number of ids, special ones included.
@@ -44,6 +37,9 @@ class Tokenizer:
         eos_id: what a document ends with, or None.
         prefix: the ids that the tokenizer's own post-processing puts in front of a text, which
             `encode` leaves out: [bos_id] for SentencePiece, [] for GPT-2's tokenizer.json.
+        special_ids: ids of special (control) pieces by name: no text is encoded to one, not even
+            one that spells it.
+        chat_template: how messages become a text, in Jinja; or None.
         model: the model file, byte for byte.
         file_name: what that file is called in a folder.
         fingerprint: SHA-256 of `model`.
@@ -54,6 +50,8 @@ class Tokenizer:
     bos_id: int
     eos_id: int | None
     prefix: list[int]
+    special_ids: dict[str, int]
+    chat_template: str | None
     # The bytes each id stands for (none for special ids).
     _bytes: list[bytes]
     # Whether encoding puts a space before the text, for decoding to take away.
@@ -96,6 +94,10 @@ class Tokenizer:
         """Bytes of UTF-8 that each id stands for, int64 [vocab_size]."""
         return np.array([len(content) for content in self._bytes])
 
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """The same tokenizer with another chat template."""
+        raise NotImplementedError
+
     def save(self, folder: str | Path) -> None:
         """Write what `load_tokenizer(folder)` reads back; the model byte for byte."""
         (Path(folder) / self.file_name).write_bytes(self.model)
@@ -106,7 +108,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     file_name = "tokenizer.model"
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, chat_template: str | None = None):
         """Raises UserError without a begin-of-sequence or end-of-sequence piece."""
         super().__init__(model)
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -118,6 +120,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = bos if bos >= 0 else eos
         self.eos_id = eos if eos >= 0 else None
         self.prefix = [self.bos_id]
+        self.chat_template = chat_template
+        controls = filter(self._processor.is_control, range(self.vocab_size))
+        self.special_ids = {self._processor.id_to_piece(i): i for i in controls}
         self._bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
         self._adds_space = self._processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
@@ -127,7 +132,17 @@ class SentencePieceTokenizer(Tokenizer):
         self._can_cut = spaces == b"  a " and not any(map(INNER_SPACE.search, pieces))
 
     def __reduce__(self):
-        return SentencePieceTokenizer, (self.model,)
+        return SentencePieceTokenizer, (self.model, self.chat_template)
+
+    def with_chat_template(self, template: str) -> Tokenizer:
+        """The same tokenizer with another chat template."""
+        return SentencePieceTokenizer(self.model, template)
+
+    def save(self, folder: str | Path) -> None:
+        """Also writes the chat template, which the model has no place for."""
+        super().save(folder)
+        if self.chat_template is not None:
+            (Path(folder) / CHAT_TEMPLATE).write_text(self.chat_template, "utf-8")
 
     @property
     def spells_marks(self) -> bool:
@@ -195,6 +210,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id = vocabulary[self._bos]
         self.eos_id = vocabulary.get(self._eos)
         self.config = (config or {}) | {"bos_token": self._bos, "eos_token": self._eos}
+        self.chat_template = _default_template(self.config.get("chat_template"))
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self.special_ids = {token.content: i for i, token in added if token.special}
         self._bytes = self._make_bytes(vocabulary)
         first = self._encode_batch(["a"])[0][:1]
         self._adds_space = bool(first) and self._bytes[first[0]].startswith(b" ")
@@ -203,6 +221,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __reduce__(self):
         return HuggingFaceTokenizer, (self.model, self._bos, self._eos, self.config)
+
+    def with_chat_template(self, template: str) -> Tokenizer:
+        """The same tokenizer with another chat template."""
+        config = self.config | {"chat_template": template}
+        return HuggingFaceTokenizer(self.model, self._bos, self._eos, config)
 
     def _make_bytes(self, vocabulary: dict[str, int]) -> list[bytes]:
         decoders = _decoder_types(json.loads(self.model)["decoder"])
@@ -255,7 +278,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
     try:
         if file.suffix == ".model":
-            return SentencePieceTokenizer(model)
+            template = file.with_name(CHAT_TEMPLATE)
+            found = template.read_text("utf-8") if template.is_file() else None
+            return SentencePieceTokenizer(model, found)
         if file.suffix == ".json":
             config = _read_config(file)
             return HuggingFaceTokenizer(model, *_special_names(config), config)
@@ -267,77 +292,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             "(.model) or a Hugging Face tokenizer.json"
         ) from error
     raise UserError(f"the tokenizer {file} should end in .model or .json")
-
-
-def train_tokenizer(texts: Iterator[str], config: TokenizerConfig) -> Tokenizer:
-    """Train SentencePiece (`config.kind`, `config.vocab_size`) on all of `texts`.
-
-    The same texts give the same model, byte for byte. Raises UserError where they are too few for
-    `config.vocab_size`.
-    """
-    sentences = list(_sentences(texts))
-    boundaries = _rare_characters(sentences, config.vocab_size)
-    out = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(sentence.translate(boundaries) for sentence in sentences),
-            model_writer=out,
-            model_type=config.kind,
-            vocab_size=config.vocab_size,
-            byte_fallback=True,
-            character_coverage=1.0,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            # The trainer uses the tab as a boundary and so would never make it a piece.
-            user_defined_symbols=["\t"],
-            max_sentence_length=SENTENCE_BYTES,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=16,  # the model depends on it
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise _too_little_text(config.vocab_size, str(error)) from error
-    return SentencePieceTokenizer(out.getvalue())
-
-
-def _too_little_text(vocab_size: int, message: str) -> UserError:
-    largest = re.search(r"value <= (\d+)", message)
-    remedy = "give it more text"
-    if largest and int(largest[1]) >= 300:
-        remedy += f", or set tokenizer.vocab_size to {largest[1]} or less"
-    return UserError(f"too little text to learn tokenizer.vocab_size={vocab_size} tokens: {remedy}")
-
-
-def _sentences(texts: Iterator[str]) -> Iterator[str]:
-    """Cut `texts` at line ends (kept) into what the trainer takes as a sentence."""
-    limit = SENTENCE_BYTES // 4
-    pattern = re.compile(rf"(?s).{{1,{limit}}}(?<=\n)|.{{1,{limit}}}")
-    for text in texts:
-        yield from pattern.findall(text)
-
-
-def _rare_characters(sentences: list[str], vocab_size: int) -> dict[int, str]:
-    """A `str.translate` table that turns characters not worth a piece into boundaries.
-
-    Pieces go to the characters that make up 99.95 % of the text, and to so few that half of the
-    vocabulary is left for longer pieces; the others are spelt in bytes.
-    """
-    counts = Counter()
-    for sentence in sentences:
-        counts.update(sentence)
-    ranked = sorted(counts, key=lambda c: (-counts[c], c))
-    room = (vocab_size - BYTE_PIECES - len(SPECIAL_PIECES)) // 2
-    spare = counts.total() * 0.0005
-    while ranked and (len(ranked) > room or counts[ranked[-1]] <= spare):
-        spare -= counts[ranked.pop()]
-    kept = set(ranked) - {SPACE_MARK, "\0", "\t"}
-    return dict.fromkeys((ord(c) for c in counts if c not in kept), "\t")
 
 
 def _piece_bytes(piece: str, is_byte: bool) -> bytes:
@@ -358,10 +312,18 @@ def _read_config(file: Path) -> dict:
     """The tokenizer_config.json beside `file`, with the text of chat_template.jinja."""
     config_file = file.with_name("tokenizer_config.json")
     config = json.loads(config_file.read_bytes()) if config_file.is_file() else {}
-    template = file.with_name("chat_template.jinja")
+    template = file.with_name(CHAT_TEMPLATE)
     if template.is_file():
         return config | {"chat_template": template.read_text("utf-8")}
     return config
+
+
+def _default_template(template: str | list[dict] | None) -> str | None:
+    """The chat template, which may be one of several named ones."""
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        return named.get("default")
+    return template
 
 
 def _special_names(config: dict) -> list[str | None]:

@@ -19,7 +19,7 @@ from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data import corpus
 from jaxlm.data.corpus import prepare
 from jaxlm.errors import UserError
-from jaxlm.tokenizer import train_tokenizer
+from jaxlm.tokenizer_training import train_tokenizer
 
 WORDS = re.findall(r"\S+", "the quick brown fox jumps over a lazy dog; def f(x): return x # 中文 é")
 

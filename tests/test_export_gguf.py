@@ -19,7 +19,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from jaxlm.config import TokenizerConfig
 from jaxlm.errors import UserError
 from jaxlm.export import gguf, gguf_vocabulary
-from jaxlm.tokenizer import HuggingFaceTokenizer, Tokenizer, train_tokenizer
+from jaxlm.tokenizer import HuggingFaceTokenizer, Tokenizer
+from jaxlm.tokenizer_training import train_tokenizer
 
 RUNNER = Path(gguf.__file__).with_name("run_llamacpp.py")
 VOCAB_SIZE = 331  # prime, and more than the tokenizers' 320

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from jaxlm.config import TokenizerConfig
 from jaxlm.errors import UserError
 from jaxlm.export.vocabulary import write_tokenizer
-from jaxlm.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, train_tokenizer
+from jaxlm.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from jaxlm.tokenizer_training import train_tokenizer
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 AWKWARD = [

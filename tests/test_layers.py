@@ -15,6 +15,7 @@ FLOORS = [
         "collectives",
         "xla",
         "tokenizer",
+        "tokenizer_training",
         "flops",
         "monitor",
         "manifest",

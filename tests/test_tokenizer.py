@@ -16,7 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from jaxlm.config import TokenizerConfig
 from jaxlm.errors import UserError
-from jaxlm.tokenizer import load_tokenizer, train_tokenizer
+from jaxlm.tokenizer import load_tokenizer
+from jaxlm.tokenizer_training import train_tokenizer
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 SMALL = {"vocab_size": 600}

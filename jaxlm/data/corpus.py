@@ -25,7 +25,8 @@ from jaxlm.data.sources import Counts, max_document_bytes, read_documents, sourc
 from jaxlm.data.tokens import FORMAT, TokenFile, TokenWriter, token_dtype
 from jaxlm.errors import UserError
 from jaxlm.processes import Group
-from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.tokenizer_training import train_tokenizer
 
 CHUNK_CHARACTERS = 1 << 20
 EXCERPT_CHARACTERS = 1 << 14

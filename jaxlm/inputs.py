@@ -1,13 +1,14 @@
 """Batches on the devices: each process reads its rows, and the next batches are there early."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jax.profiler import TraceAnnotation
 
 from jaxlm.config import Config
-from jaxlm.data.corpus import Prepared
+from jaxlm.data.corpus import File, Prepared
 from jaxlm.data.loader import training_batches, validation_batches
+from jaxlm.data.tokens import Row
 from jaxlm.placement import rows_held
 from jaxlm.sharding import batch_sharding
 from jaxlm.step import Program
@@ -33,9 +34,8 @@ class Inputs:
         """Endless batches on the devices, a few ahead of the step."""
         config = self._config
         rows = training_batches(
-            self._prepared.train,
+            self._row_sources(self._prepared.train),
             self._prepared.weights,
-            seq_len=config.seq_len,
             batch_size=config.train.batch_size,
             seed=config.seed,
             start_step=start_step,
@@ -62,10 +62,12 @@ class Inputs:
         """Host batches: this process's rows, or with `whole` all."""
         config = self._config
         for rows in validation_batches(
-            self._prepared.valid,
-            seq_len=config.seq_len,
+            self._row_sources(self._prepared.valid),
             batch_size=config.train.batch_size,
             limit=config.train.eval_batches,
             rows=None if whole else self._rows,
         ):
             yield make_batch(rows)
+
+    def _row_sources(self, files: Sequence[File]) -> list[Sequence[Row]]:
+        return [self._prepared.form.rows(file, self._config.seq_len) for file in files]

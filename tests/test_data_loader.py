@@ -71,9 +71,13 @@ def first_tokens(batches, steps):
     return np.array([batch["tokens"][:, 0] for batch in islice(batches, steps)])
 
 
+def rows_of(files):
+    return [Rows(file, 8) for file in files]
+
+
 def arguments(files, **changes):
-    defaults = {"weights": None, "seq_len": 8, "batch_size": 6, "seed": 3}
-    return {"token_files": files} | defaults | changes
+    defaults = {"weights": None, "batch_size": 6, "seed": 3}
+    return {"sources": rows_of(files)} | defaults | changes
 
 
 def test_every_row_once_an_epoch_in_a_new_order(files):
@@ -132,7 +136,7 @@ def test_too_few_rows_for_a_batch(files):
 
 
 def test_validation_has_every_row_once_in_order(files):
-    batches = list(validation_batches(files, seq_len=8, batch_size=8))
+    batches = list(validation_batches(rows_of(files), batch_size=8))
     assert {batch["tokens"].shape for batch in batches} == {(8, 9)}
     rows = [row for file in files for row in Rows(file, 8)]
     for name in rows[0]:
@@ -143,10 +147,10 @@ def test_validation_has_every_row_once_in_order(files):
 
 
 def test_validation_parts_and_limit(files):
-    whole = list(validation_batches(files, seq_len=8, batch_size=8, limit=3))
+    whole = list(validation_batches(rows_of(files), batch_size=8, limit=3))
     assert len(whole) == 3
     wanted = [0, 1, 5]
-    part = validation_batches(files, seq_len=8, batch_size=8, limit=3, rows=wanted)
+    part = validation_batches(rows_of(files), batch_size=8, limit=3, rows=wanted)
     for batch, piece in zip(whole, part, strict=True):
         for name, array in batch.items():
             np.testing.assert_array_equal(array[wanted], piece[name])

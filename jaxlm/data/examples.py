@@ -11,12 +11,13 @@ the first example of each row, and the number of examples) and `manifest.json`, 
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxlm.data.tokens import OFFSET, map_array, open_manifest, sync, write_manifest
+from jaxlm.data.tokens import OFFSET, Row, map_array, open_manifest, sync, write_manifest
 from jaxlm.errors import UserError
 
 EXAMPLE_FORMAT = 1
@@ -24,7 +25,15 @@ EXAMPLE_FORMAT = 1
 BLOCK = 1024
 OPEN_ROWS = 64
 
-Row = dict[str, np.ndarray]
+
+@dataclass(frozen=True)
+class Example:
+    """What is written of one item."""
+
+    arrays: Row
+    """By the names of the fields, [n] each."""
+    cut: bool = False
+    """Whether it was too long and is truncated."""
 
 
 class ExampleFile:
@@ -71,6 +80,9 @@ class ExampleFile:
                 )
             self.fields[name] = values, offsets
         self.num_tokens = sum(len(self.fields[side][0]) for side in self.lengths)
+
+    def __len__(self) -> int:
+        return self.num_examples
 
     def __repr__(self) -> str:
         return f"ExampleFile({str(self.path)!r}, {self.num_examples} examples)"
@@ -168,29 +180,28 @@ class ExampleWriter:
         self._waiting: dict[int, Row] = {}
         self._digest = hashlib.blake2b(digest_size=16)
 
-    def add(self, example: Row | None, num_bytes: int, cut: bool = False) -> None:
+    def add(self, example: Example | None, num_bytes: int) -> None:
         """Take an example, none of whose sides is longer than a row, and the size of its text.
 
-        None is one that was too long and dropped; `cut` one that was too long and truncated.
+        None is one that was too long, and is left out.
         """
         if example is None:
             self.num_dropped += 1
             return
         self.num_bytes += num_bytes
-        self.num_cut += cut
-        number = self._packer.num_added
-        self._waiting[number] = example
-        for row in self._packer.add([len(example[side]) for side in self._lengths]):
+        self.num_cut += example.cut
+        self._waiting[self._packer.num_added] = example.arrays
+        for row in self._packer.add([len(example.arrays[side]) for side in self._lengths]):
             self._write(row)
 
     def _write(self, row: list[int]) -> None:
         for number in row:
-            example = self._waiting.pop(number)
+            arrays = self._waiting.pop(number)
             for name, dtype in self._dtypes.items():
-                content = np.asarray(example[name], dtype).tobytes()
+                content = np.asarray(arrays[name], dtype).tobytes()
                 self._values[name].write(content)
                 self._digest.update(content)
-                self._sizes[name] += len(example[name])
+                self._sizes[name] += len(arrays[name])
                 self._offsets[name].write(OFFSET.type(self._sizes[name]).tobytes())
         self.num_examples += len(row)
         self.num_rows += 1
@@ -278,6 +289,7 @@ class Packer:
         # A row is as full as its fuller side.
         by_room = np.argsort(-room[:count].min(1), kind="stable")
         kept = sorted(by_room[:open_rows].tolist())
-        done = sorted(by_room[open_rows:].tolist())
-        rows, self._rows, self._room = self._rows, [self._rows[r] for r in kept], room[kept]
-        return iter([rows[r] for r in done])
+        done = [self._rows[r] for r in by_room[open_rows:]]
+        self._rows, self._room = [self._rows[r] for r in kept], room[kept]
+        # In the order of what was placed first, so that the first rows are like the others.
+        return iter(sorted(done))

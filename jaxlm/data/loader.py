@@ -1,4 +1,4 @@
-"""From token files to batches, each a pure function of the seed and the step.
+"""From rows to batches, each a pure function of the seed and the step.
 
 A row is addressed by its index, so Grain can permute, mix and prefetch rows by arithmetic alone:
 nothing has to be replayed to resume at a step, and every process reads only its own rows of the
@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from jaxlm.data.tokens import TokenFile
+from jaxlm.data.tokens import Row, TokenFile
 from jaxlm.errors import UserError
 
-Row = dict[str, np.ndarray]
 READER_THREADS = 2
 
 
@@ -26,10 +25,10 @@ class Rows(Sequence):
 
     def __init__(self, token_file: TokenFile, seq_len: int):
         self._file = token_file
-        self._seq_len = seq_len
+        self.seq_len = seq_len
 
     def __len__(self) -> int:
-        return -(-(self._file.num_tokens - 1) // self._seq_len)
+        return -(-(self._file.num_tokens - 1) // self.seq_len)
 
     def __getitem__(self, index: int) -> Row:
         """Row `index` as int32 [seq_len + 1] arrays.
@@ -39,9 +38,10 @@ class Rows(Sequence):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        start = index * self._seq_len
-        stream = self._file.tokens[start : start + self._seq_len + 1]
-        row = padding_row(self._seq_len)
+        start = index * self.seq_len
+        stream = self._file.tokens[start : start + self.seq_len + 1]
+        names = ("tokens", "segment_ids", "positions")
+        row = {name: np.zeros(self.seq_len + 1, np.int32) for name in names}
         size = len(stream)
         offsets = self._file.offsets
         first, last = np.searchsorted(offsets, [start + 1, start + size])
@@ -54,38 +54,31 @@ class Rows(Sequence):
         return row
 
 
-def padding_row(seq_len: int) -> Row:
-    """A row without any token: all zeros, int32 [seq_len + 1]."""
-    names = ("tokens", "segment_ids", "positions")
-    return {name: np.zeros(seq_len + 1, np.int32) for name in names}
-
-
 def training_batches(
-    token_files: Sequence[TokenFile],
+    sources: Sequence[Sequence[Row]],
     weights: Sequence[float] | None,
     *,
-    seq_len: int,
     batch_size: int,
     seed: int,
     start_step: int = 0,
     rows: Sequence[int] | None = None,
     prefetch: int = 4,
 ) -> Iterator[Row]:
-    """Endless batches of int32 [batch_size, seq_len + 1] arrays, as in `Rows`.
+    """Endless batches: the arrays of rows with a dimension of `batch_size` before theirs.
 
-    In every epoch each row comes once, in a new order. With `weights`, each source has its own
-    epochs, and rows are drawn from the sources in these proportions (Grain keeps them to 1 %).
+    `sources` are sequences of rows, such as `Rows`, with a `seq_len` for messages. In every epoch
+    each row comes once, in a new order. With `weights`, each source has its own epochs, and rows
+    are drawn from the sources in these proportions (Grain keeps them to 1 %).
     `batch_size` is global; `rows` are those of each batch that are wanted, the others are not read.
 
     Raises UserError for fewer rows than a batch has.
     """
-    sources = [Rows(file, seq_len) for file in token_files]
     num_rows = sum(map(len, sources))
     if num_rows < batch_size:
         raise UserError(
-            f"the training text has {num_rows} rows of {seq_len} tokens (data.seq_len or "
-            f"model.max_seq_len), fewer than train.batch_size={batch_size}: give it more text, or "
-            f"set train.batch_size to {num_rows} or less"
+            f"the training text has {num_rows} rows of {sources[0].seq_len} tokens (data.seq_len "
+            f"or model.max_seq_len), fewer than train.batch_size={batch_size}: give it more text, "
+            f"or set train.batch_size to {num_rows} or less"
         )
     # Neighbouring seeds would share orders: Grain's shuffle adds the epoch to the seed.
     seeds = map(int, np.random.SeedSequence(seed).generate_state(len(sources)))
@@ -105,9 +98,8 @@ def training_batches(
 
 
 def validation_batches(
-    token_files: Sequence[TokenFile],
+    sources: Sequence[Sequence[Row]],
     *,
-    seq_len: int,
     batch_size: int,
     limit: int = 0,
     rows: Sequence[int] | None = None,
@@ -115,16 +107,15 @@ def validation_batches(
     """Every row once, in order, in batches as `training_batches` has them.
 
     `limit` is the largest number of batches, 0 for all. The last batch is filled up with rows of
-    padding (segment 0), so that all have the same shape.
+    padding (all zero), so that all have the same shape.
     """
-    stream = grain.MapDataset.concatenate(
-        [grain.MapDataset.source(Rows(file, seq_len)) for file in token_files]
-    )
+    stream = grain.MapDataset.concatenate([grain.MapDataset.source(rows) for rows in sources])
+    padding = {name: np.zeros_like(array) for name, array in stream[0].items()}
     num_batches = -(-len(stream) // batch_size)
     wanted = range(batch_size) if rows is None else rows
     for batch in range(min(num_batches, limit or num_batches)):
         places = (batch * batch_size + row for row in wanted)
-        chosen = [stream[r] if r < len(stream) else padding_row(seq_len) for r in places]
+        chosen = [stream[r] if r < len(stream) else padding for r in places]
         yield {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
 
 

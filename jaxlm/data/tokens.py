@@ -24,6 +24,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+Row = dict[str, np.ndarray]
+
+
 class TokenFile:
     """A token file, opened for reading.
 
@@ -57,6 +60,9 @@ class TokenFile:
         self.offsets = map_array(self.path / "offsets.bin", OFFSET, self.num_documents + 1)
         if self.offsets[-1] != self.num_tokens:
             raise UserError(f"{self.path}/offsets.bin is damaged: prepare the data again")
+
+    def __len__(self) -> int:
+        return self.num_documents
 
     def __repr__(self) -> str:
         return f"TokenFile({str(self.path)!r}, {self.num_tokens} tokens)"

@@ -28,6 +28,7 @@ from jaxlm.picture import picture, stack_pictures
 from jaxlm.sharding import check_fits, split_boxes
 
 SHRUNK_VOCABULARY = 1024
+LABELS = ("negative", "neutral", "positive")  # where the config leaves them to the data
 # Of these, those that fit the model. The open axis takes what is left of 8 virtual CPU devices, or
 # of the machine's GPUs.
 MESHES = ("dp", "fsdp", "dp,fsdp2,tp2", "pp2,dp,tp2", "cp4,dp", "ep2,tp2,dp")
@@ -123,6 +124,7 @@ def _for_checking(config: Config, width: int | None) -> Config:
         vocab_size=model.vocab_size or config.tokenizer.vocab_size,
         dtype="float32",
         attention="auto" if model.attention == "cudnn" else model.attention,
+        labels=model.labels or (LABELS if config.task == "classification" else None),
     )
     if width is not None:
         model = shrink(model, width)

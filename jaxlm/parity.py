@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jaxlm.collectives import Traffic, collectives, summarise
 from jaxlm.config import Config
+from jaxlm.nn.attention import Places, Source
 from jaxlm.optim import learning_rate, make_optimizer
 from jaxlm.sharding import path_name
 from jaxlm.step import build_model, build_program
@@ -31,22 +32,58 @@ LATER_TOLERANCE = 1e-4
 
 
 def random_batch(config: Config, seed: int) -> Batch:
-    """Rows packed with documents of random lengths, some with padding behind the last."""
+    """Rows packed with texts of random lengths, some with padding behind the last.
+
+    Of a translation, rows of sources go with them, a text for each; of a classification, labels
+    where the head reads.
+    """
     rng = np.random.default_rng(seed)
     shape = config.train.batch_size, config.seq_len + 1
     starts = rng.random(shape) < 4 / shape[1]
     starts[:, 0] = True
-    segments = np.cumsum(starts, axis=1)
-    columns = np.arange(shape[1])
-    positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
-    padding = columns >= rng.integers(shape[1] // 2, shape[1] + 1, (shape[0], 1))
-    return make_batch(
-        {
-            "tokens": rng.integers(0, config.model.vocab_size, shape).astype(np.int32),
-            "segment_ids": np.where(padding, 0, segments).astype(np.int32),
-            "positions": np.where(padding, 0, positions).astype(np.int32),
-        }
-    )
+    padding = np.arange(shape[1]) >= rng.integers(shape[1] // 2, shape[1] + 1, (shape[0], 1))
+    segments = np.where(padding, 0, np.cumsum(starts, axis=1))
+    batch = make_batch(_rows(rng, segments, config.model.vocab_size))
+    if config.task == "translation":
+        counts = batch.segment_ids.max(axis=1)
+        segments = np.stack([_segments(rng, count, config.seq_len) for count in counts])
+        rows = _rows(rng, segments, config.model.vocab_size)
+        source = Source(rows["tokens"], Places(rows["positions"], rows["segment_ids"]))
+        batch = dataclasses.replace(batch, source=source)
+    if config.task == "classification":
+        labels = rng.integers(0, len(config.model.labels), batch.tokens.shape)
+        read = _ends(batch.segment_ids, last=config.model.pools == "last")
+        batch = dataclasses.replace(
+            batch,
+            targets=np.where(read, labels, 0).astype(np.int32),
+            weights=read.astype(np.float32),
+        )
+    return batch
+
+
+def _rows(rng, segments: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
+    """Random tokens in rows of these segments, int32 [B, T]."""
+    columns = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
+    starts = np.where(_ends(segments, last=False), columns, 0)
+    positions = np.where(segments > 0, columns - np.maximum.accumulate(starts, axis=1), 0)
+    tokens = rng.integers(0, vocab_size, segments.shape)
+    rows = {"tokens": tokens, "segment_ids": segments, "positions": positions}
+    return {name: x.astype(np.int32) for name, x in rows.items()}
+
+
+def _segments(rng, count: int, length: int) -> np.ndarray:
+    """A row [length] of `count` segments of random lengths, with padding behind the last."""
+    end = rng.integers(max(count, length // 2), length + 1)
+    starts = np.concatenate([[0], 1 + rng.choice(end - 1, count - 1, replace=False)])
+    segments = np.cumsum(np.isin(np.arange(length), starts))
+    return np.where(np.arange(length) < end, segments, 0)
+
+
+def _ends(segments: np.ndarray, last: bool) -> np.ndarray:
+    """True at each segment's first token, or at its last."""
+    outside = np.zeros((segments.shape[0], 1), segments.dtype)
+    beside = (segments[:, 1:], outside) if last else (outside, segments[:, :-1])
+    return (segments > 0) & (segments != np.concatenate(beside, axis=1))
 
 
 # -- a run on one mesh ----------------------------------------------------------------------

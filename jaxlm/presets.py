@@ -56,6 +56,37 @@ _GEMMA3 = _GEMMA | {
     "rope_local_theta": 10_000.0,
     "layer_pattern": ["local"] * 5 + ["global"],
 }
+_BIASES = {"norm_bias": True, "qkv_bias": True, "out_bias": True, "mlp_bias": True}
+_TRANSFORMER = _BIASES | {
+    "kind": "encoder_decoder",
+    "num_kv_heads": None,
+    "max_seq_len": 512,
+    "mlp": "relu",
+    "norm": "layernorm",
+    "norm_placement": "post_sum",
+    "positions": "sinusoidal",
+    "scale_embeddings": True,
+    "dropout": 0.1,
+    "scale_residual_init": False,
+}
+_BERT = _BIASES | {
+    "kind": "encoder",
+    "num_kv_heads": None,
+    "max_seq_len": 512,
+    "mlp": "gelu_exact",
+    "norm": "layernorm",
+    "norm_eps": 1e-12,
+    "norm_placement": "post_sum",
+    "positions": "learned",
+    "embedding_norm": True,
+    "token_types": 2,
+    "pooling": "first",
+    "pooler": True,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "scale_residual_init": False,
+}
+_ROBERTA = _BERT | {"norm_eps": 1e-5, "position_offset": 2, "token_types": 1}
 
 
 def _size(d_model: int, num_layers: int, num_heads: int, d_ff: int, **fields) -> dict:
@@ -122,4 +153,28 @@ PRESETS: dict[str, dict] = {
     "gemma-2b": _GEMMA | _size(2048, 18, 8, 16384, num_kv_heads=1),
     "gemma2-2b": _GEMMA2 | _size(2304, 26, 8, 9216, num_kv_heads=4, attention_scale=256**-0.5),
     "gemma3-1b": _GEMMA3 | _size(1152, 26, 4, 6912, num_kv_heads=1, sliding_window=512),
+    # Deviations near d_model ** -0.5, with which scaled embeddings are as large as positions.
+    "transformer-tiny": _TRANSFORMER | _size(256, 3, 4, 1024, max_seq_len=256, init_std=0.05),
+    "transformer-base": _TRANSFORMER | _size(512, 6, 8, 2048, init_std=0.04),
+    "marian-base": _TRANSFORMER | _size(512, 6, 8, 2048, mlp="silu", logits_bias=True),
+    "t5-small": _size(
+        512,
+        6,
+        8,
+        2048,
+        kind="encoder_decoder",
+        num_kv_heads=None,
+        max_seq_len=512,
+        mlp="relu",
+        norm_eps=1e-6,
+        positions="relative",
+        attention_scale=1.0,
+        scale_logits=True,
+        dropout=0.1,
+        attention_dropout=0.1,
+    ),
+    "bert-tiny": _BERT | _size(128, 2, 2, 512),
+    "bert-base": _BERT | _size(768, 12, 12, 3072),
+    "roberta-base": _ROBERTA | _size(768, 12, 12, 3072),
+    "minilm-l6": _BERT | _size(384, 6, 12, 1536, pooling="mean", pooler=False),
 }

@@ -231,6 +231,12 @@ def _misfit(config: Config, sizes: dict[str, int], training: bool) -> str | None
 
 def _training_misfit(config: Config, sizes: dict[str, int]) -> str | None:
     model, train, cp, pp = config.model, config.train, sizes["cp"], sizes["pp"]
+    if model.kind == "encoder_decoder" and max(cp, pp) > 1:
+        axis = f"cp={cp}" if cp > 1 else f"pp={pp}"
+        return (
+            f"{axis} cannot split model.kind=encoder_decoder, which has two stacks of layers and "
+            "two kinds of rows: use dp, fsdp or tp"
+        )
     if config.seq_len % (2 * cp) and cp > 1:
         name = "data.seq_len" if config.data.seq_len else "model.max_seq_len"
         return (

@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from tiny import task_of
 
 from jaxlm import check, parity
 from jaxlm.cli import build_config
@@ -164,7 +165,8 @@ def test_copies_that_differ_are_found():
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if "70b" not in name])
 def test_shrinking_keeps_what_meshes_divide(preset):
-    model = build_config({"model": {"preset": preset, "vocab_size": 50_000}}).model
+    fields = {"preset": preset, "vocab_size": 50_000}
+    model = build_config({"task": task_of(preset), "model": fields}).model
     small = check.shrink(model, 32)
     assert small.d_model == 32 and small.vocab_size == check.SHRUNK_VOCABULARY
     assert small.head_size * small.num_heads <= 2 * 32 or small.head_size == 2

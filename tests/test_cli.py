@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tiny import task_of
 
 from jaxlm.cli import _leaves, build_config, dump_config, flatten, parse_config, read_config
 from jaxlm.config import Config
@@ -90,7 +91,7 @@ def test_writing_and_reading_a_config_is_the_identity(data, tmp_path_factory):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_print_config_prints_what_reads_back(preset, yaml_file, capsys):
-    argv = f"--model.preset={preset}", "--optim.learning_rate=3e-4", "--data.train=a.txt"
+    argv = f"--task={task_of(preset)}", f"--model.preset={preset}", "--data.train=a.txt"
     config = parse(*argv)
     with pytest.raises(SystemExit) as stopped:
         parse(*argv, "--print_config")

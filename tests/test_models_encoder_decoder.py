@@ -1,15 +1,23 @@
 """The encoder-decoder against transformers' models, and against itself run in other ways."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from jaxlm.model_config import ModelConfig
 from jaxlm.models.build import make_model
+from jaxlm.models.stack import unstack
 from jaxlm.nn.attention import Places, Source
+from jaxlm.nn.layers import Dropout
+from jaxlm.nn.positions import distance_buckets, sinusoids
 from jaxlm.sharding import split_boxes
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -224,3 +232,139 @@ def test_it_is_the_model_of_transformers(build):
     assert_close(memory[seen], wanted.encoder_last_hidden_state[torch.tensor(seen)])
     assert_close(hidden, wanted.decoder_hidden_states[-1])
     assert_close(logits, wanted.logits)
+
+
+MODELS = {"marian": ModelConfig(**MARIAN), "t5": ModelConfig(**T5, scale_logits=True)}
+
+
+@functools.cache
+def drawn(config: ModelConfig):
+    """Any parameters, quickly."""
+    draw = np.random.default_rng(0).normal
+    boxed = jax.eval_shape(make_model(config).init, jax.random.key(0))
+    return jax.tree.map(
+        lambda p: jnp.asarray(draw(0, 0.3, p.shape), p.dtype), split_boxes(boxed)[0]
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(config: ModelConfig, params, tokens, segments, source, source_segments, dropout=None):
+    """Hidden states of packed rows; segment 0 is padding."""
+    read = Source(source, source_segments)
+    hidden, *_ = make_model(config).hidden(params, tokens, segments, dropout, source=read)
+    return hidden
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_packed_pair_reads_like_the_pair_alone(name):
+    config = MODELS[name]
+    params = drawn(config)
+    sources, targets = np.array([[1] * 4 + [2] * 5 + [0]]), np.array([[1] * 6 + [2] * 3 + [0] * 2])
+    source, target = tokens_of(1, 10), tokens_of(1, 11, seed=1)
+    packed = run(config, params, target, places_of(targets), source, places_of(sources))
+    for number in (1, 2):
+        own, read = targets[0] == number, sources[0] == number
+        inputs = []
+        for tokens, kept in ((target, own), (source, read)):
+            inputs += [tokens[:, kept], places_of(np.ones((1, kept.sum()), np.int32))]
+        alone = run(config, params, *inputs)
+        assert_close(packed[:, own], alone)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_with_a_cache_the_source_is_read_once_and_the_target_token_by_token(name):
+    config = MODELS[name]
+    model, params = make_model(config), drawn(config)
+    source, read = tokens_of(2, 9), places_of(SEGMENTS)
+    whole = run(config, params, TARGET, places_of(np.ones(TARGET.shape, np.int32)), source, read)
+    params = params | {stack: unstack(params[stack]) for stack in model.stacks}
+    # The second row's prompt is a token shorter: it has padding in front.
+    prompt = np.stack([TARGET[0, :5], np.r_[0, TARGET[1, :4]]])
+    slots = np.arange(5)[None, :] - np.array([[0], [1]])
+    places = Places(jnp.maximum(slots, 0), jnp.asarray(slots >= 0, jnp.int32))
+
+    @jax.jit
+    def prefill(params):
+        cache = model.init_cache(2, 14, 9)
+        return model.hidden(params, prompt, places, cache=cache, source=Source(source, read))
+
+    @jax.jit
+    def step(params, last, positions, cache):
+        here = Places(positions[:, None], jnp.ones_like(last))
+        return model.hidden(params, last, here, cache=cache)
+
+    hidden, _, cache = prefill(params)
+    assert_close(hidden[0], whole[0, :5])
+    assert_close(hidden[1, 1:], whole[1, :4])
+    expected = jax.tree.map(lambda x: (x.shape, x.dtype), model.init_cache(2, 14, 9))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == expected
+    assert all(x.shape[0] == 2 for x in jax.tree.leaves(cache) if x.ndim)
+    for ahead in range(3):
+        at = np.array([5, 4]) + ahead
+        last = np.take_along_axis(TARGET, at[:, None], 1)
+        hidden, _, cache = step(params, last, jnp.asarray(at), cache)
+        for row in range(2):
+            assert_close(hidden[row, 0], whole[row, at[row]])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stacks_and_recomputation_change_nothing(name):
+    config = dataclasses.replace(MODELS[name], dropout=0.2, attention_dropout=0.1)
+    params, read, own = drawn(MODELS[name]), places_of(SEGMENTS), places_of(np.ones_like(TARGET))
+    numbers = np.arange(28).reshape(2, 14), np.arange(18).reshape(2, 9)
+    drop = Dropout(jax.random.key(3), *(jnp.asarray(n, jnp.uint32) for n in numbers))
+
+    def gradients(**fields):
+        changed = dataclasses.replace(config, **fields)
+
+        def loss(params):
+            hidden = run(changed, params, TARGET, own, tokens_of(2, 9), read, drop)
+            return jnp.square(hidden).mean()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    jax.tree.map(
+        functools.partial(assert_close, tolerance=1e-4),
+        gradients(stack="scan", remat="full"),
+        gradients(stack="unroll"),
+    )
+
+
+def test_dropout_of_both_sides_goes_by_the_number_of_the_token():
+    config = dataclasses.replace(MODELS["t5"], dropout=0.4, attention_dropout=0.4)
+    params, read, own = drawn(MODELS["t5"]), places_of(SEGMENTS), places_of(np.ones_like(TARGET))
+    rows = TARGET, own, tokens_of(2, 9), read
+    numbers = np.arange(28, dtype=np.uint32).reshape(2, 14), np.arange(18).reshape(2, 9)
+
+    def outcome(order, target_numbers, source_numbers):
+        drop = Dropout(jax.random.key(3), target_numbers[order], source_numbers[order])
+        return run(config, params, *jax.tree.map(lambda x: x[order], rows), drop)
+
+    first = outcome(slice(None), *numbers)
+    assert_close(outcome(slice(None, None, -1), *numbers)[::-1], first)
+    for other in ((numbers[0] + 1, numbers[1]), (numbers[0], numbers[1] + 1)):
+        assert np.abs(outcome(slice(None), *other) - first).max() > 0.1
+
+
+def test_sinusoids_are_those_of_marian():
+    theirs = MarianSinusoidalPositionalEmbedding(512, 24).create_weight()
+    ours = sinusoids(jnp.arange(512)[None], 24)[0]
+    # In float32 here, in float64 there: an angle of 512 is known to 3e-5.
+    np.testing.assert_allclose(ours, theirs, atol=5e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("count", "farthest"), [(32, 128), (8, 12), (64, 1000)])
+def test_buckets_are_those_of_t5(count, farthest, causal):
+    distances = torch.arange(-2 * farthest, 2 * farthest + 1)
+    theirs = T5Attention._relative_position_bucket(distances, not causal, count, farthest)
+    ours = distance_buckets(count, farthest, causal)[
+        np.clip(distances, -farthest, farthest) + farthest
+    ]
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_target_needs_a_source():
+    config = MODELS["t5"]
+    with pytest.raises(ValueError, match="needs a source"):
+        make_model(config).hidden(drawn(config), TARGET, places_of(np.ones_like(TARGET)))

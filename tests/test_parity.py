@@ -27,8 +27,13 @@ MORE_EXPERTS = [
     "cp2,ep2,fsdp2 experts",
 ]
 MORE_EXPERTS += ["pp2,ep2,dp2 experts muon", "pp2,ep2 capacity", "ep2,dp2 experts accumulation"]
-MESHES = DENSE + EXPERTS
-MESHES += [pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE_DENSE + MORE_EXPERTS]
+# Two stacks, relative positions; an encoder's classifier. tp3 does not divide rows of 24 evenly.
+OTHERS = ["dp2,fsdp2,tp2 t5", "dp2,fsdp2,tp2 bert"]
+MORE_OTHERS = ["dp8 t5", "fsdp8 t5", "tp3 t5", "dp2,tp2 t5 accumulation", "dp2,fsdp2,tp2 marian"]
+MORE_OTHERS += ["dp8 bert", "fsdp8 bert", "tp3 bert", "pp2,cp2,tp2 bert", "dp2,fsdp2,tp2 scores"]
+MESHES = DENSE + EXPERTS + OTHERS
+MORE = MORE_DENSE + MORE_EXPERTS + MORE_OTHERS
+MESHES += [pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE]
 EXPERT_FIELDS = {
     "num_experts": 8,
     "top_k": 2,
@@ -36,6 +41,30 @@ EXPERT_FIELDS = {
     "d_shared": 10,
     "router_z_loss": 1e-3,
     "bias_rate": 1e-2,
+}
+BIASED = {"norm": "layernorm", "norm_bias": True, "norm_placement": "post_sum", "mlp_bias": True}
+BIASED |= {"qkv_bias": True, "out_bias": True}
+LABELS = {"labels": ("a", "b", "c")}
+# What other models than a language model's decoder are, and their tasks.
+KINDS = {
+    "t5": (
+        "translation",
+        {"kind": "encoder_decoder", "positions": "relative", "encoder_layers": 2},
+    ),
+    "marian": (
+        "translation",
+        BIASED
+        | {"kind": "encoder_decoder", "positions": "sinusoidal", "mlp": "relu", "logits_bias": True}
+        | {"scale_embeddings": True},
+    ),
+    "bert": (
+        "classification",
+        BIASED
+        | LABELS
+        | {"kind": "encoder", "positions": "learned", "mlp": "gelu_exact", "pooler": True}
+        | {"embedding_norm": True, "token_types": 2},
+    ),
+    "scores": ("classification", LABELS),
 }
 COMPARED = ("loss", "grad_norm", "balance_loss", "router_z_loss", "expert_load_max", "dropped")
 STEPS = 3
@@ -76,13 +105,17 @@ def run(case: str, dropout: float = 0.0) -> Run:
     experts = None
     if "experts" in extras or "capacity" in extras:
         experts = EXPERT_FIELDS | ({"capacity": 1.2} if "capacity" in extras else {})
+    kinds = [KINDS[word] for word in extras if word in KINDS]
+    task, fields = kinds[0] if kinds else ("language_modelling", {})
     config = tiny_config(
+        task=task,
         model={
             "num_layers": 4,
             "dropout": dropout,
             "attention_dropout": 0.0 if "cp" in case else dropout,
             "experts": experts,
-        },
+        }
+        | fields,
         train={"z_loss": 1e-3, "accumulation": 2 if "accumulation" in extras else 1},
         parallel={"rounds": 2 if "rounds" in extras else 1},
         optim={"name": "muon" if "muon" in extras else "adamw"},
@@ -101,7 +134,8 @@ def run(case: str, dropout: float = 0.0) -> Run:
 
 def one_device(case: str) -> str:
     """The same numbers' run without a mesh."""
-    extras = [word for word in case.split()[1:] if word in ("experts", "capacity", "muon")]
+    known = ("experts", "capacity", "muon", *KINDS)
+    extras = [word for word in case.split()[1:] if word in known]
     return " ".join(["dp1", *extras])
 
 
@@ -132,7 +166,8 @@ def test_batches_are_bit_identical(mesh):
 @pytest.mark.parametrize("case", MESHES)
 def test_losses_of_the_first_steps_are_the_same(case):
     wanted = run(one_device(case)).losses
-    assert wanted[0, 0] == pytest.approx(np.log(101), rel=0.5)
+    few = any(word in case for word in ("bert", "scores"))
+    assert wanted[0, 0] == pytest.approx(np.log(3 if few else 101), rel=0.5)
     np.testing.assert_allclose(run(case).losses, wanted, rtol=TOLERANCE)
 
 
@@ -154,7 +189,13 @@ def test_a_capacity_drops_some():
 
 
 DROPOUT = ["cp2,dp2"]
-MORE_DROPOUT = ["tp3", "pp2,dp2,tp2", "dp2,tp2 accumulation"]
+MORE_DROPOUT = [
+    "tp3",
+    "pp2,dp2,tp2",
+    "dp2,tp2 accumulation",
+    "dp2,tp2 t5 accumulation",
+    "fsdp8 bert",
+]
 
 
 @pytest.mark.parametrize(
@@ -162,8 +203,9 @@ MORE_DROPOUT = ["tp3", "pp2,dp2,tp2", "dp2,tp2 accumulation"]
 )
 def test_dropout_is_the_same(case):
     # A ring never has the probabilities of a whole row to drop some of.
-    one = run("dp1 cp" if "cp" in case else "dp1", 0.2)
+    same = one_device(case)
+    one = run(f"{same} cp" if "cp" in case else same, 0.2)
     many = run(case, 0.2)
-    assert abs(one.losses[0, 0] - run("dp1").losses[0, 0]) > 1e-3, "dropout does nothing"
+    assert abs(one.losses[0, 0] - run(same).losses[0, 0]) > 1e-3, "dropout does nothing"
     np.testing.assert_allclose(many.losses, one.losses, rtol=TOLERANCE)
     assert_same_gradients(many.gradients, one.gradients)

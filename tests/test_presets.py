@@ -4,10 +4,11 @@ import math
 
 import jax
 import pytest
+from tiny import task_of
 
 from jaxlm.cli import build_config
 from jaxlm.model_config import ModelConfig
-from jaxlm.models.decoder import Decoder
+from jaxlm.models.build import make_model
 from jaxlm.presets import PRESETS
 
 # Published vocabulary and number of parameters.
@@ -32,24 +33,45 @@ PUBLISHED = {
     "gemma-2b": (256000, 2_506_172_416),
     "gemma2-2b": (256000, 2_614_341_888),
     "gemma3-1b": (262144, 999_885_952),
+    "t5-small": (32128, 60_506_624),
+    # Less two tables of sinusoids [512, 512], which are stored there and computed here, and with
+    # the bias of the logits, which is no parameter there.
+    "marian-base": (58101, 74_410_496 - 2 * 512 * 512 + 58101),
+    # Less their poolers, which here are a classifier's.
+    "bert-tiny": (30522, 4_385_920 - 128 * 129),
+    "bert-base": (30522, 109_482_240 - 768 * 769),
+    "roberta-base": (50265, 124_645_632 - 768 * 769),
+    "minilm-l6": (30522, 22_713_216 - 384 * 385),
 }
+
+
+def config_of(preset: str, **fields):
+    return build_config({"task": task_of(preset), "model": {"preset": preset} | fields})
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_number_of_parameters_is_the_published_one(preset):
     vocab_size, published = PUBLISHED[preset]
-    config = build_config({"model": {"preset": preset, "vocab_size": vocab_size}})
-    shapes = jax.eval_shape(Decoder(config.model).init, jax.random.key(0))
+    config = config_of(preset, vocab_size=vocab_size)
+    shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == published
 
 
 def test_every_preset_is_compared_or_tiny():
-    assert PRESETS.keys() - PUBLISHED.keys() == {"llama-tiny", "gpt2-tiny"}
+    tiny = {"llama-tiny", "gpt2-tiny", "transformer-tiny"}
+    assert PRESETS.keys() - PUBLISHED.keys() == tiny | {"transformer-base"}
+
+
+def test_the_transformer_is_that_of_the_paper():
+    config = config_of("transformer-base", vocab_size=37_000)
+    shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert count == pytest.approx(65e6, rel=0.03)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_valid_and_arrives_in_the_config(preset):
-    model = build_config({"model": {"preset": preset}}).model
+    model = config_of(preset).model
     assert model.preset == preset
     for field, value in PRESETS[preset].items():
         if isinstance(value, dict):

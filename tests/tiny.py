@@ -1,17 +1,18 @@
-"""Small models, batches and programs that several tests share."""
+"""Small models and programs, and the batches of `jaxlm.parity`, that several tests share."""
 
 import functools
 
 import jax
-import numpy as np
 
 from jaxlm.cli import build_config
-from jaxlm.config import Config
+from jaxlm.config import KINDS, Config
 from jaxlm.mesh import make_mesh
 from jaxlm.optim import learning_rate, make_optimizer
+from jaxlm.parity import random_batch
+from jaxlm.presets import PRESETS
 from jaxlm.step import Program, build_model, build_program
-from jaxlm.tasks.batch import Batch
-from jaxlm.tasks.language_modelling import make_batch
+
+__all__ = ["exact", "make_program", "random_batch", "task_of", "tiny_config"]
 
 # Twelve heads for tp3 and tp4, 24 rows for dp8 and fsdp6; the vocabulary is prime, and tp3 and
 # tp4 do not divide d_ff.
@@ -39,23 +40,10 @@ def tiny_config(model=(), optim=(), train=(), **others) -> Config:
     )
 
 
-def random_batch(config: Config, seed: int = 0) -> Batch:
-    """A batch of rows packed with documents of random lengths, with padding behind the last."""
-    rng = np.random.default_rng(seed)
-    shape = config.train.batch_size, config.model.max_seq_len + 1
-    starts = rng.random(shape) < 0.2
-    starts[:, 0] = True
-    segments = np.cumsum(starts, axis=1)
-    begins = np.maximum.accumulate(np.where(starts, np.arange(shape[1]), 0), axis=1)
-    positions = np.arange(shape[1]) - begins
-    padding = np.arange(shape[1]) >= rng.integers(shape[1] // 2, shape[1] + 1, (shape[0], 1))
-    return make_batch(
-        {
-            "tokens": rng.integers(0, config.model.vocab_size, shape).astype(np.int32),
-            "segment_ids": np.where(padding, 0, segments).astype(np.int32),
-            "positions": np.where(padding, 0, positions).astype(np.int32),
-        }
-    )
+def task_of(preset: str) -> str:
+    """A task that a preset's kind of model is trained for."""
+    kind = PRESETS[preset].get("kind", "decoder")
+    return next(task for task, kinds in KINDS.items() if kind in kinds)
 
 
 def make_program(config: Config, mesh: str = "dp1", optimizer=None) -> Program:

@@ -21,7 +21,8 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """FLOPs of forward and backward per token, as PaLM counts them (Chowdhery et al., 2022).
 
     Six for every weight of a matrix product (the head's, never the embedding lookup's) and
-    attention in full, without the causal half taken off.
+    attention in full, without the causal half taken off. An encoder-decoder's are those per token
+    of a target whose source is as long.
     """
     c = config
     heads = c.d_model * c.head_size * (2 * c.num_heads + 2 * c.kv_heads)
@@ -31,9 +32,15 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     feed_forward = c.d_model * width * (3 if c.is_gated else 2)
     if c.experts is not None:
         feed_forward += c.d_model * c.experts.num_experts
-    weights = c.num_layers * (heads + feed_forward) + c.d_model * c.vocab_size
-    attention = 12 * c.num_layers * c.num_heads * c.head_size * seq_len
-    return 6.0 * weights + attention
+    attentions = c.num_layers
+    layers = c.num_layers * (heads + feed_forward)
+    if c.kind == "encoder_decoder":  # the encoder, and attention to it
+        attentions += c.source_layers + c.num_layers
+        layers += c.source_layers * (heads + feed_forward) + c.num_layers * heads
+    head = c.d_model * (c.vocab_size if c.labels is None else len(c.labels))
+    if c.pooler and c.labels is not None:
+        head += c.d_model**2
+    return 6.0 * (layers + head) + 12 * attentions * c.num_heads * c.head_size * seq_len
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:

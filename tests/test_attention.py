@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 
 from jaxlm.errors import UserError
 from jaxlm.nn.attention import Places, attention
+from jaxlm.nn.flash import flash_attention
 from jaxlm.nn.layers import Dropout
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -88,6 +89,76 @@ def test_values_and_gradients_are_those_of_pytorch(places, window, backend):
     np.testing.assert_allclose(ours, theirs.detach(), atol=2e-6)
     for gradient, leaf in zip(gradients, leaves, strict=True):
         np.testing.assert_allclose(gradient, leaf.grad, atol=2e-5)
+
+
+OTHERS = Places(
+    jnp.array([[0, 1, 0, 1, 2, 3, 4, 0, 1], [0, 0, 0, 1, 2, 3, 0, 1, 2]]),
+    jnp.array([[1, 1, 2, 2, 2, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 0, 0, 0]]),
+)
+
+
+@pytest.mark.parametrize("backend", ["plain", "xla", "blocked"])
+@pytest.mark.parametrize("keys", [WHOLE, PACKED, OTHERS], ids=["whole", "packed", "source"])
+def test_without_causality_a_query_sees_its_whole_segment(keys, backend):
+    queries = WHOLE if keys is WHOLE else PACKED
+    length = keys.positions.shape[1]
+    draw = np.random.default_rng(2).normal
+    shapes = (LENGTH, HEADS), (length, KV_HEADS), (length, KV_HEADS)
+    arrays = [draw(size=(BATCH, *shape, HEAD_DIM)).astype(np.float32) for shape in shapes]
+    mask = np.ones((BATCH, LENGTH, length), bool)
+    if queries.segments is not None:
+        mask = np.asarray(queries.segments)[:, :, None] == np.asarray(keys.segments)[:, None, :]
+    leaves = [torch.tensor(x, requires_grad=True) for x in arrays]
+    theirs = torch_attention(*leaves, mask, 0.7)
+    theirs.square().sum().backward()
+
+    def loss(q, k, v):
+        options = {"queries": queries, "keys": keys, "scale": 0.7, "causal": False}
+        out = attention(q, k, v, backend=backend, **options)
+        return jnp.square(out).sum(), out
+
+    gradients, ours = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    np.testing.assert_allclose(ours, theirs.detach(), atol=2e-6)
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        np.testing.assert_allclose(gradient, leaf.grad, atol=2e-5)
+
+
+def test_blocks_that_do_not_divide_rows_hide_no_key_and_show_no_padding():
+    q, k, v = inputs()
+    options = {"queries": PACKED, "keys": PACKED, "scale": 30.0, "causal": False}
+
+    @jax.jit
+    @jax.grad
+    def blocks(q):
+        return jnp.square(flash_attention(q, k, v, **options, block=3)).sum()
+
+    plain = jax.grad(lambda q: jnp.square(attention(q, k, v, **options)).sum())(q)
+    np.testing.assert_allclose(blocks(q), plain, atol=2e-4)
+
+
+def test_texts_without_numbers_are_number_one():
+    """As in scoring a text alone, of which the source is padded."""
+    q, k, v = inputs()
+    source = Places(WHOLE.positions, jnp.where(WHOLE.positions < 5, 1, 0))
+    options = {"scale": 0.7, "causal": False}
+    ours = attention(q, k, v, queries=WHOLE, keys=source, **options)
+    cut = Places(WHOLE.positions[:, :5])
+    alone = attention(q, k[:, :5], v[:, :5], queries=WHOLE, keys=cut, **options)
+    np.testing.assert_allclose(ours, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["plain", "xla", "auto"])
+def test_biases_are_added_to_the_scores(backend):
+    arrays = inputs()
+    bias = np.random.default_rng(3).normal(size=(BATCH, HEADS, LENGTH, LENGTH)).astype(np.float32)
+    options = {"queries": PACKED, "keys": PACKED, "scale": 0.7, "backend": backend}
+    ours = attention(*arrays, bias_bnts=jnp.asarray(bias), **options)
+    mask = np.where(mask_of(PACKED)[:, None], bias, -np.inf)
+    q, k, v = (torch.tensor(x).transpose(1, 2) for x in arrays)
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.tensor(mask), scale=0.7, enable_gqa=True
+    )
+    np.testing.assert_allclose(ours, theirs.transpose(1, 2), atol=2e-6)
 
 
 @pytest.mark.parametrize("backend", ["plain", "blocked"])
@@ -209,3 +280,13 @@ def test_what_needs_whole_rows_is_refused_where_there_are_none():
     with pytest.raises(UserError, match="attention=blocked never holds"):
         lowered(16, backend="blocked", dropout=drop, dropout_rate=0.1)
     lowered(16, mesh=mesh, dropout=drop, dropout_rate=0.0)
+
+
+def test_biases_are_refused_where_whole_rows_have_no_scores():
+    bias = jnp.zeros((1, HEADS, 16, 16))
+    with pytest.raises(UserError, match="attention=blocked has no place for the biases"):
+        lowered(16, backend="blocked", bias_bnts=bias)
+    with pytest.raises(UserError, match=r"positions=relative needs the scores.*cp=4"):
+        lowered(16, mesh=make_mesh((2, 4), ("dp", "cp")), bias_bnts=bias)
+    # Scores of any length are plain's then.
+    assert "1025x1025xf32" in lowered(1025, bias_bnts=jnp.zeros((1, HEADS, 1025, 1025)))

@@ -110,6 +110,23 @@ IMPOSSIBLE = [
         {"model": {"rope_scaling": {"kind": "llama3", "high_freq_factor": 1.0}}},
         ["high_freq_factor=1.0", "low_freq_factor=1.0"],
     ),
+    ({"model": {"positions": "relative"}}, ["positions=relative", "model.kind=encoder_decoder"]),
+    (
+        {"model": {"kind": "encoder_decoder", "positions": "relative", "attention": "blocked"}},
+        ["model.attention=blocked", "positions=relative", "attention=auto"],
+    ),
+    (
+        {"model": {"positions": "sinusoidal", "d_model": 193, "head_dim": 8}},
+        ["model.d_model=193 is odd", "sinusoidal"],
+    ),
+    (
+        {"model": {"norm_placement": "post_sum", "parallel_residual": True}},
+        ["parallel_residual=true", "norm_placement=pre"],
+    ),
+    ({"model": {"pooling": "mean"}}, ["pooling=mean does not fit model.kind=decoder", "use last"]),
+    ({"model": {"kind": "encoder", "pooling": "last"}}, ["kind=encoder", "use mean or first"]),
+    ({"model": {"labels": ["good", "good"]}}, ['labels=["good", "good"]', "each label once"]),
+    ({"model": {"labels": ["good"]}}, ["two different labels"]),
     ({"data": {"weights": [1.0, 2.0]}}, ["data.weights has 2 numbers for 1 sources"]),
     ({"tokenizer": {"kind": "file"}}, ["tokenizer.kind=file needs tokenizer.path"]),
     (
@@ -129,6 +146,7 @@ def test_impossible_combination_says_what_would_be_right(sections, fragments):
 
 
 LLAMA3 = {"kind": "llama3", "factor": 2.0}
+BERT = {"kind": "encoder"}
 # A field that would not be read, with what makes it so, and what the sentence asks for.
 UNREAD = [
     ("model.norm_bias", True, {}, "model.norm=layernorm"),
@@ -147,6 +165,22 @@ UNREAD = [
     ("model.rope_scaling.low_freq_factor", 2.0, {"kind": "linear"}, "kind=llama3"),
     ("model.rope_scaling.high_freq_factor", 9.0, {"kind": "linear"}, "kind=llama3"),
     ("model.rope_scaling.original_max_seq_len", 9, {"kind": "linear"}, "kind=llama3"),
+    ("model.position_offset", 2, {}, "model.positions=learned"),
+    ("model.relative_buckets", 8, {}, "model.positions=relative"),
+    ("model.relative_max_distance", 8, {}, "model.positions=relative"),
+    ("model.encoder_layers", 2, {}, "model.kind=encoder_decoder"),
+    ("model.layer_pattern", ["local"], BERT | {"sliding_window": 8}, "model.kind=decoder"),
+    ("model.experts", {"top_k": 1}, {"kind": "encoder_decoder"}, "model.kind=decoder or encoder"),
+    ("model.parallel_residual", True, {"kind": "encoder_decoder"}, "decoder or encoder"),
+    ("model.labels", ["a", "b"], {"kind": "encoder_decoder"}, "model.kind=decoder or encoder"),
+    ("model.pooling", "mean", {"kind": "encoder_decoder"}, "model.kind=decoder or encoder"),
+    ("model.pooler", True, {}, "model.kind=encoder"),
+    ("model.token_types", 2, {}, "model.kind=encoder"),
+    ("model.tie_embeddings", False, BERT, "a head over the vocabulary"),
+    ("model.logits_bias", True, BERT, "a head over the vocabulary"),
+    ("model.logit_softcap", 3.0, BERT, "a head over the vocabulary"),
+    ("model.scale_logits", True, BERT, "a head over the vocabulary"),
+    ("model.scale_logits", True, {"tie_embeddings": False}, "model.tie_embeddings=true"),
     ("data.valid_fraction", 0.1, {"valid": ["x"]}, "an empty data.valid"),
     ("data.text_field", "body", {"valid": ["stdlib"]}, "a source other than stdlib"),
     ("tokenizer.path", "x.model", {"kind": "bpe"}, "tokenizer.kind=file"),

@@ -154,7 +154,10 @@ def test_a_decoder_with_labels_is_that_of_transformers():
         )
     ).eval()  # fmt: skip
     config = LLAMA.config_to_ours(theirs.config.to_dict())
-    params = imported(theirs, config)
+    language_model = transformers.LlamaForCausalLM(theirs.config)
+    language_model.model = theirs.model
+    language_model.tie_weights()
+    params = imported(language_model, config)
     params["classifier"] = {"out": {"kernel": jnp.asarray(theirs.score.weight.detach().numpy().T)}}
     model = make_model(dataclasses.replace(config, **LABELS))
     with torch.no_grad():

@@ -12,6 +12,7 @@ import pytest
 from tiny import exact, make_program, random_batch, tiny_config
 
 from jaxlm.optim import make_optimizer
+from jaxlm.parity import LATER_TOLERANCE
 from jaxlm.sharding import path_name
 
 # Meshes, and what else the run on them has: two rounds of an interleaved pipeline, accumulation.
@@ -139,6 +140,13 @@ def one_device(case: str) -> str:
     return " ".join(["dp1", *extras])
 
 
+def assert_same_losses(case: str, got, wanted):
+    # Adam turns the rounding of a gradient of zero, such as a key's bias, into a full step.
+    later = LATER_TOLERANCE if any(kind in case for kind in KINDS) else TOLERANCE
+    np.testing.assert_allclose(got[:1], wanted[:1], rtol=TOLERANCE)
+    np.testing.assert_allclose(got, wanted, rtol=later)
+
+
 def assert_same_gradients(got, wanted):
     """Every tensor's difference is small against its norm, or a tenth of the global norm."""
     total = float(optax.tree.norm(wanted))
@@ -168,7 +176,7 @@ def test_losses_of_the_first_steps_are_the_same(case):
     wanted = run(one_device(case)).losses
     few = any(word in case for word in ("bert", "scores"))
     assert wanted[0, 0] == pytest.approx(np.log(3 if few else 101), rel=0.5)
-    np.testing.assert_allclose(run(case).losses, wanted, rtol=TOLERANCE)
+    assert_same_losses(case, run(case).losses, wanted)
 
 
 @pytest.mark.parametrize("case", MESHES)
@@ -207,5 +215,5 @@ def test_dropout_is_the_same(case):
     one = run(f"{same} cp" if "cp" in case else same, 0.2)
     many = run(case, 0.2)
     assert abs(one.losses[0, 0] - run(same).losses[0, 0]) > 1e-3, "dropout does nothing"
-    np.testing.assert_allclose(many.losses, one.losses, rtol=TOLERANCE)
+    assert_same_losses(case, many.losses, one.losses)
     assert_same_gradients(many.gradients, one.gradients)

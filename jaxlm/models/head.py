@@ -52,8 +52,10 @@ class LabelHead(nn.Module):
         init = {"init_mean": c.init_mean, "init_std": c.init_std}
         biased = c.kind == "encoder"
         if c.pooler:
-            dense = Dense((c.d_model,), ("embed", None), self.dtype, **init, use_bias=True)
-            pooled_btd = jnp.tanh(dense.clone(name="dense")(pooled_btd))
+            dense = Dense(
+                (c.d_model,), ("embed", None), self.dtype, **init, use_bias=True, name="dense"
+            )
+            pooled_btd = jnp.tanh(dense(pooled_btd))
         out = Dense(
             (len(c.labels),), ("embed", None), jnp.float32, **init, use_bias=biased, name="out"
         )

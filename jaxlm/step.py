@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxlm.config import Config
+from jaxlm.losses import LossSums
 from jaxlm.mesh import batch_shards
 from jaxlm.models.build import make_model
 from jaxlm.nn import lora, moe
@@ -26,6 +27,7 @@ from jaxlm.sharding import (
     split_boxes,
 )
 from jaxlm.tasks.batch import Batch, loss_sums
+from jaxlm.tasks.labels import LabelSums, label_sums
 from jaxlm.xla import compiler_options
 
 
@@ -111,10 +113,12 @@ def train_step(state: TrainState, batch: Batch, *, model, optimizer, schedule, c
     }
 
 
-def eval_step(params, batch: Batch, *, model, config: Config):
-    """Summed nats and number of targets of a batch."""
-    sums, _ = loss_sums(model, params, in_ring_order(batch), config.train, dropout=None)
-    return sums.nats, sums.weight
+def eval_step(params, batch: Batch, *, model, config: Config) -> LossSums | LabelSums:
+    """What validation adds up over batches."""
+    batch = in_ring_order(batch)
+    if config.model.labels is not None:
+        return label_sums(model, params, batch)
+    return loss_sums(model, params, batch, config.train, dropout=None)[0]
 
 
 def accumulate(gradient: Callable, params, batch: Batch, count: int):
@@ -178,7 +182,7 @@ class Program:
     train_step: Callable
     """(TrainState, Batch) -> (TrainState, metrics); the state is donated."""
     eval_step: Callable
-    """(the model's parameters, Batch) -> (nats, targets)."""
+    """(the model's parameters, Batch) -> LossSums, or LabelSums of a classifier."""
     eval_params: Callable
     """TrainState -> the model's parameters that stand for it: averaged if the run does, merged."""
 

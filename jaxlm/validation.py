@@ -13,7 +13,7 @@ from jaxlm.errors import UserError
 from jaxlm.inputs import Inputs
 from jaxlm.processes import Group
 from jaxlm.step import Program, build_model
-from jaxlm.tasks.language_modelling import compressed_bits, validation_metrics
+from jaxlm.tasks.language_modelling import compressed_bits, loss_metrics
 
 
 class Validation:
@@ -43,8 +43,10 @@ class Validation:
             num_bytes += int(lengths[batch.targets[mine][batch.weights[mine] > 0]].sum())
             moved()
         num_bytes = sum(self._group.gather(num_bytes))
-        nats, targets = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-        metrics = validation_metrics(float(nats), float(targets), num_bytes / max(targets, 1))
+        sums = jax.tree.map(
+            lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(sums)
+        )
+        metrics = loss_metrics(float(sums.nats), float(sums.weight), num_bytes)
         self._bits_per_byte = metrics["valid_bits_per_byte"]
         return metrics
 

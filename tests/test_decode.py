@@ -264,7 +264,8 @@ def test_score_agrees_with_the_loss_of_evaluation():
         positions=np.broadcast_to(np.arange(64, dtype=np.int32), batch.positions.shape),
     )
     training = make_program(CONFIG)
-    nats, targets = training.eval_step(training.init().params, training.put(whole))
+    sums = training.eval_step(training.init().params, training.put(whole))
+    nats, targets = sums.nats, sums.weight
     program, params = program_and_params()
     scores = program.score(params, tokens.tolist())
     assert targets == sum(map(len, scores))

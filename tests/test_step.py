@@ -145,7 +145,8 @@ def test_metrics_and_init_from(adamw):
     again = program.init_from(jax.tree.map(jnp.copy, state.params))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(state))
     batch = random_batch(config)
-    nats, targets = program.eval_step(state.params, program.put(batch))
+    sums = program.eval_step(state.params, program.put(batch))
+    nats, targets = sums.nats, sums.weight
     _, metrics = program.train_step(state, program.put(batch))
     assert metrics["loss"] == pytest.approx(float(nats / targets), rel=1e-5)
     assert metrics["targets"] == targets == batch.weights.sum()

@@ -22,14 +22,16 @@ def make_batch(rows: dict[str, np.ndarray]) -> Batch:
     )
 
 
-def validation_metrics(nats: float, targets: float, bytes_per_target: float) -> dict[str, float]:
-    """What validation reports, from summed nats over a number of targets."""
+def loss_metrics(nats: float, targets: float, num_bytes: int | None = None) -> dict[str, float]:
+    """What validation reports, from summed nats over a number of targets.
+
+    `num_bytes` is that of the targets' text; None leaves bits per byte out.
+    """
     loss = nats / max(targets, 1.0)
-    return {
-        "valid_loss": loss,
-        "valid_perplexity": math.exp(min(loss, 700.0)),
-        "valid_bits_per_byte": loss / math.log(2) / bytes_per_target,
-    }
+    metrics = {"valid_loss": loss, "valid_perplexity": math.exp(min(loss, 700.0))}
+    if num_bytes is not None:
+        metrics["valid_bits_per_byte"] = nats / math.log(2) / max(num_bytes, 1)
+    return metrics
 
 
 def compressed_bits(text: bytes) -> dict[str, float]:

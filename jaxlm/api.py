@@ -100,12 +100,13 @@ def export_checkpoint(
 ) -> Verification:
     """Write a model into the new folder `out` for another stack, and verify it there.
 
-    `model` is a loaded model, a run folder, one of its steps, or a Hugging Face folder. `to` is
-    "hf" (transformers, vLLM, ...), "gguf" (llama.cpp) or "stablehlo". `dtype` is that of the
-    weights: "float32", "bfloat16", "float16" or, for GGUF, "q8_0". `family` names one of
-    transformers' model types where several can express the model. `step` is "last", "best" or a
-    number, `average` takes the moving average of the parameters where the run kept one, and a file
-    of "hf" weights has at most `shard_gb` gigabytes (5). `say` gets lines of progress.
+    `model` is a run folder, one of its steps, a Hugging Face folder, or a loaded model, whose
+    folder is read again. `to` is "hf" (transformers, vLLM, ...), "gguf" (llama.cpp) or
+    "stablehlo". `dtype` is that of the weights: "float32", "bfloat16", "float16" or, for GGUF,
+    "q8_0". `family` names one of transformers' model types where several can express the model.
+    `step` is "last", "best" or a number, `average` takes the moving average of the parameters where
+    the run kept one, and a file of "hf" weights has at most `shard_gb` gigabytes (5). `say` gets
+    lines of progress.
 
     Returns how the written model compares; `verified` is false only where the other stack is not
     installed or `skip_verification` is set. Raises UserError where it cannot be written, and,

@@ -118,6 +118,16 @@ def test_an_export_is_loaded_like_a_run(exported, trained_run):
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+def test_a_sentencepiece_model_alone_is_a_tokenizer(copy, trained_run):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (copy / name).unlink()
+    ours, again = jaxlm.load(trained_run), jaxlm.load(copy)
+    assert again.prefix == ours.prefix
+    assert [again.tokenizer.encode(text) for text in verify.TEXTS] == [
+        ours.tokenizer.encode(text) for text in verify.TEXTS
+    ]
+
+
 def test_training_starts_from_an_export(exported, corpus, trained_run, tmp_path):
     """With its model and its tokenizer, neither of them given."""
     arguments = [a for a in tiny_arguments() if not a.startswith(("--model.", "--tokenizer."))]
@@ -331,6 +341,18 @@ def test_a_foreign_folder_is_checked(exported, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "all 20 tensors come back byte for byte" in lines[1], lines
     assert lines[-1].startswith("verified: ")
+
+
+@pytest.mark.slow
+def test_code_in_a_folder_is_not_run(copy, tmp_path):
+    mark = tmp_path / "was_run"
+    (copy / "code.py").write_text(f"open({str(mark)!r}, 'w')\nclass A: pass\n")
+    change(copy, auto_map={"AutoConfig": "code.A", "AutoModelForCausalLM": "code.A"})
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["code.A", "code.A"]}}
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert command.main([str(copy), "--check"]) == 0
+    assert jaxlm.load(copy) and not mark.exists()
 
 
 @pytest.mark.slow

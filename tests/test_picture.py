@@ -1,6 +1,7 @@
 """The picture: what is filled in is what the devices hold."""
 
 import re
+from pathlib import Path
 
 import jax
 import pytest
@@ -51,3 +52,11 @@ def test_the_command_draws(tmp_path, capsys):
     assert check.main([f"--draw={target}", "--meshes=dp2,tp2;fsdp4"]) == 0
     assert target.read_text().count("--mesh=") == 2
     assert str(target) in capsys.readouterr().err
+
+
+def test_the_readmes_picture_is_the_programs(tmp_path):
+    target = tmp_path / "parallelism.svg"
+    meshes = "--meshes=dp2,fsdp2,tp2;pp2,ep2,tp2"
+    assert check.main([f"--draw={target}", meshes, "--model.experts.num_experts=8"]) == 0
+    docs = Path(__file__).parents[1] / "docs"
+    assert target.read_text() == (docs / target.name).read_text()

@@ -217,3 +217,13 @@ def test_mixtures_are_trained_on(arguments, corpus, tmp_path):
     assert code == 0
     note = json.loads((tmp_path / "run" / "data.json").read_text())
     assert len(note["train"]) == 2
+
+
+@pytest.mark.slow
+def test_a_step_that_takes_too_long_prints_what_every_thread_does(small_run, tmp_path, capfd):
+    """The first step, which is compiled."""
+    changes = {"out": tmp_path / "run", "mesh": "dp1", "train__steps": 1}
+    assert train.main(small_run(**changes, log__stall_minutes=0.2 / 60)) == 0
+    text = capfd.readouterr().err
+    assert "no step finished for 0.00333333 minutes; what every thread is doing" in text
+    assert "in _update" in text

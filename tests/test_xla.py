@@ -6,7 +6,9 @@ import sys
 import jax
 import pytest
 from conftest import as_users_have_it
+from tiny import make_program, random_batch, tiny_config
 
+from jaxlm import step
 from jaxlm.xla import NVIDIA_OVERLAP, compiler_options
 
 
@@ -38,6 +40,17 @@ def test_an_option_that_xla_lacks_is_left_out(monkeypatch):
     monkeypatch.setitem(NVIDIA_OVERLAP, "xla_gpu_enable_wishful_thinking", True)
     left = compiler_options(overlap=True)
     assert left == {k: v for k, v in NVIDIA_OVERLAP.items() if "wishful" not in k}
+
+
+def test_the_training_step_is_compiled_with_them(monkeypatch):
+    asked, wish = [], {"xla_gpu_enable_wishful_thinking": True}
+    monkeypatch.setattr(step, "compiler_options", lambda overlap: asked.append(overlap) or wish)
+    config = tiny_config(model={"num_layers": 1}, parallel={"overlap": False})
+    program = make_program(config)
+    assert asked == [False]
+    traced = program.train_step.lower(program.layout.stored, program.put(random_batch(config)))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="wishful_thinking"):
+        traced.compile()
 
 
 @pytest.mark.slow

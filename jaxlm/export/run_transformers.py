@@ -10,6 +10,9 @@ import numpy as np
 import torch
 import transformers
 
+# Nothing is fetched, and no code that a folder brings is run or asked about.
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
 
 def main(request: dict) -> None:
     """Answer a request: logits, greedy continuations, ids of texts, what did not load."""
@@ -18,10 +21,10 @@ def main(request: dict) -> None:
         dtype=torch.float32,
         attn_implementation="eager",
         output_loading_info=True,
-        local_files_only=True,
+        **LOCAL,
     )
     model.eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(request["model"], local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(request["model"], **LOCAL)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     answer = {"versions": json.dumps(versions)}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -257,6 +257,7 @@ def _run_elsewhere(stack: Stack, request: dict[str, Any], work: Path) -> dict[st
     script = Path(__file__).with_name(stack.script)
     done = subprocess.run(
         [sys.executable, "-P", str(script), str(work / "request.json")],
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,

@@ -84,6 +84,7 @@ class DataConfig:
             self,
             valid_fraction=(not self.valid, "an empty data.valid"),
             text_field=(elsewhere, "a source other than stdlib"),
+            valid_languages=(bool(self.valid), "a data.valid"),
         )
 
 
@@ -191,6 +192,9 @@ class TrainConfig:
     label_smoothing: Fraction = 0.0
     """Share of each target spread over all tokens (Vaswani et al., 2017: 0.1); losses are shown
     without."""
+    class_weights: Weights | Literal["balanced"] | None = None
+    """classification: factor on each label's loss, or balanced: all labels' losses sum to the same;
+    null: 1."""
     loss_block: Count = 64
     """Positions of each row whose logits are held at a time."""
     eval_every: Natural = 40
@@ -309,6 +313,31 @@ class Config:
                 f"data.seq_len={self.seq_len} is more than the model handles (model.max_seq_len="
                 f"{self.model.max_seq_len}): lower it, or raise model.max_seq_len"
             )
+
+        self._check_task()
+
+    def _check_task(self) -> None:
+        """Raise UserError for settings of data and loss that the task does not read."""
+
+        def task(*tasks: str) -> tuple[bool, str]:
+            return self.task in tasks, f"task={' or '.join(tasks)}"
+
+        translation, classification = task("translation"), task("classification")
+        pairs = task("translation", "instruction")
+        check_read(
+            "data",
+            self.data,
+            text_field=task("language_modelling", "classification"),
+            source_column=pairs,
+            target_column=pairs,
+            label_column=classification,
+            tsv_header=task("translation", "instruction", "classification"),
+            languages=translation,
+            valid_languages=translation,
+            language_column=translation,
+            source_len=translation,
+        )
+        check_read("train", self.train, class_weights=classification)
 
     @property
     def seq_len(self) -> int:

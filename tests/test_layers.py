@@ -16,6 +16,7 @@ FLOORS = [
         "xla",
         "tokenizer",
         "tokenizer_training",
+        "chat",
         "flops",
         "monitor",
         "manifest",

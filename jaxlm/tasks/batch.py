@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from jaxlm.config import TrainConfig
+from jaxlm.data.tokens import Row
 from jaxlm.losses import LossSums, blocked_cross_entropy
 from jaxlm.nn.attention import Places, Source
 from jaxlm.nn.layers import Dropout
@@ -26,6 +27,16 @@ class Batch:
     positions: jax.Array
     source: Source | None = None
     """What an encoder reads, [B, S]; a segment of the target goes with that of the same number."""
+
+
+def packed_batch(rows: Row) -> Batch:
+    """A batch of packed examples (`data.examples.PackedRows`), whose rows have all it needs."""
+    source = None
+    if "source_tokens" in rows:
+        places = Places(rows["source_positions"], rows["source_segment_ids"])
+        source = Source(rows["source_tokens"], places)
+    names = ("tokens", "targets", "weights", "segment_ids", "positions")
+    return Batch(*(rows[name] for name in names), source=source)
 
 
 def loss_sums(

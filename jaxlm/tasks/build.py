@@ -1,0 +1,34 @@
+"""The form of a config's task, and how its rows become a batch."""
+
+from collections.abc import Callable
+from functools import partial
+
+from jaxlm.config import Config
+from jaxlm.data.corpus import Prepared
+from jaxlm.data.forms import Documents, Form
+from jaxlm.data.tokens import Row
+from jaxlm.tasks import classification, instruction, language_modelling, translation
+from jaxlm.tasks.batch import Batch, packed_batch
+
+FORMS = {
+    "translation": translation.make_form,
+    "instruction": instruction.make_form,
+    "classification": classification.make_form,
+}
+
+
+def make_form(config: Config) -> Form:
+    """What the config's task makes of its sources. Raises UserError where these do not fit it."""
+    if config.task == "language_modelling":
+        return Documents(config.data)
+    return FORMS[config.task](config)
+
+
+def batch_maker(config: Config, prepared: Prepared) -> Callable[[Row], Batch]:
+    """How rows of prepared data become a batch of the config's task."""
+    if config.task == "language_modelling":
+        return language_modelling.make_batch
+    if config.task == "classification":
+        weights = classification.class_weights(config, prepared)
+        return partial(classification.make_batch, weights=weights)
+    return packed_batch

@@ -1,0 +1,166 @@
+"""Classification: the label of a text, where the model's head reads."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlm.config import Config
+from jaxlm.data.corpus import Prepared
+from jaxlm.data.examples import Example
+from jaxlm.data.forms import Encoded, Examples, Origin
+from jaxlm.data.records import Column, Record
+from jaxlm.data.tokens import Row, token_dtype
+from jaxlm.errors import UserError, nearest
+from jaxlm.tasks.batch import Batch, packed_batch
+from jaxlm.tokenizer import Tokenizer
+
+# Labels that have an order of their own.
+SCALE = ("negative", "neutral", "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """A text and its label."""
+
+    label: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Examples):
+    """Labelled texts as `BOS, text, EOS`, truncated to a row; `names` are the labels.
+
+    Of a text, the position that the model's head reads has the label's number as its target and
+    weight 1; the others have weight 0.
+    """
+
+    at_last: bool
+    """Whether the head reads the last token, not the first."""
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        data = self.data
+        # Its usual name names no column of a TSV without a header.
+        text = None if data.text_field == "text" else data.text_field
+        return (
+            Column("label", "data.label_column", data.label_column, 1),
+            Column("text", "data.text_field", text, 2),
+        )
+
+    def read(self, record: Record, origin: Origin) -> Labelled:
+        label, text = self.columns
+        value = record.value(label)
+        name = str(value) if isinstance(value, int) else record.text(label).strip()
+        if self.names is not None and name not in self.names:
+            raise UserError(
+                f"{record.where}: the label {name[:40]!r} is none of the model's "
+                f"({', '.join(map(repr, self.names))}){nearest(name, self.names)}"
+            )
+        return Labelled(name, record.text(text))
+
+    def key(self, item: Labelled) -> str:
+        return item.text
+
+    def texts(self, item: Labelled) -> Sequence[str]:
+        return [item.text]
+
+    def name_of(self, item: Labelled) -> str:
+        return item.label
+
+    def with_names(self, found: set[str]) -> "Classification":
+        labels = in_order(found)
+        if len(labels) == 1:
+            raise UserError(
+                f"every training text has the label {labels[0]!r}: classification needs two labels "
+                "or more; does data.label_column name the right column?"
+            )
+        return dataclasses.replace(self, names=labels)
+
+    def dtypes(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        ids = token_dtype(tokenizer.vocab_size)
+        return {"tokens": ids, "targets": np.uint32, "weights": np.uint8}
+
+    def encoding_facts(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        return super().encoding_facts(tokenizer) | {"at_last": self.at_last}
+
+    def encode(self, tokenizer: Tokenizer, items: Sequence[Labelled]) -> list[Encoded]:
+        numbers = {name: number for number, name in enumerate(self.names)}
+        encoded = encode_texts(tokenizer, [item.text for item in items], self.seq_len)
+        return [
+            self._encoded(ids, cut, numbers[item.label], len(item.text.encode()))
+            for item, (ids, cut) in zip(items, encoded, strict=True)
+        ]
+
+    def _encoded(self, ids: list[int], cut: bool, label: int, num_bytes: int) -> Encoded:
+        arrays = {
+            "tokens": np.array(ids),
+            "targets": np.zeros(len(ids), np.uint32),
+            "weights": np.zeros(len(ids), np.uint8),
+        }
+        place = -1 if self.at_last else 0
+        arrays["targets"][place], arrays["weights"][place] = label, 1
+        return Encoded(Example(arrays, cut), num_bytes)
+
+
+def make_form(config: Config) -> Classification:
+    """The form of a config's data."""
+    model = config.model
+    at_last = model.pools == "last"
+    return Classification(config.data, seq_len=config.seq_len, names=model.labels, at_last=at_last)
+
+
+def in_order(labels: set[str]) -> tuple[str, ...]:
+    """Labels in the order of a known scale, of their numbers, or of the alphabet."""
+    if labels <= set(SCALE):
+        return tuple(name for name in SCALE if name in labels)
+    if all(map(str.isdecimal, labels)):
+        return tuple(sorted(labels, key=int))
+    return tuple(sorted(labels))
+
+
+def encode_texts(
+    tokenizer: Tokenizer, texts: Sequence[str], max_len: int
+) -> list[tuple[list[int], bool]]:
+    """What the model reads of each text, `BOS, text, EOS`, and whether that is truncated."""
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    room = max_len - 1 - len(end)
+    return [
+        ([tokenizer.bos_id, *ids[:room], *end], len(ids) > room)
+        for ids in tokenizer.encode_batch(texts)
+    ]
+
+
+def label_counts(prepared: Prepared) -> np.ndarray:
+    """How many training texts have each label, int64 [number of labels]."""
+    counts = np.zeros(len(prepared.form.names), np.int64)
+    for file in prepared.train:
+        targets, weights = file.fields["targets"][0], file.fields["weights"][0]
+        counts += np.bincount(targets[weights > 0], minlength=len(counts))
+    return counts
+
+
+def class_weights(config: Config, prepared: Prepared) -> np.ndarray:
+    """What each label's loss is multiplied by, float32 [number of labels].
+
+    `balanced` gives all labels the same sum: texts / (labels * texts of the label). Raises
+    UserError for another number of weights than labels.
+    """
+    weights, labels = config.train.class_weights, prepared.form.names
+    if weights is None:
+        return np.ones(len(labels), np.float32)
+    if weights == "balanced":
+        counts = label_counts(prepared)
+        return (counts.sum() / (len(counts) * np.maximum(counts, 1))).astype(np.float32)
+    if len(weights) != len(labels):
+        raise UserError(
+            f"train.class_weights has {len(weights)} numbers for {len(labels)} labels: give one "
+            f"for each of {', '.join(labels)}"
+        )
+    return np.array(weights, np.float32)
+
+
+def make_batch(rows: Row, weights: np.ndarray) -> Batch:
+    """A batch of rows, in which a text counts by its label's weight (`class_weights`)."""
+    return packed_batch(rows | {"weights": rows["weights"] * weights[rows["targets"]]})

@@ -201,6 +201,9 @@ class TrainConfig:
     """Steps between validations; 0: only at the end."""
     eval_batches: Natural = 20
     """Batches in a validation; 0: all of them."""
+    eval_texts: Natural = 64
+    """translation: texts of each validation source that are translated, greedily, for BLEU and
+    chrF; 0: none."""
     sample_prompt: str = "def "
     """Prompt of the sample shown at each validation; empty: no sample."""
     sample_tokens: Count = 48
@@ -343,3 +346,13 @@ class Config:
     def seq_len(self) -> int:
         """Tokens in a training row, resolved."""
         return self.data.seq_len or self.model.max_seq_len
+
+    @property
+    def source_len(self) -> int:
+        """translation: tokens on the source side of a row, resolved."""
+        return self.data.source_len or self.seq_len
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Tokens in a training row, on both sides where there are two."""
+        return self.seq_len + (self.source_len if self.task == "translation" else 0)

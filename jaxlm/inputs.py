@@ -13,7 +13,7 @@ from jaxlm.placement import rows_held
 from jaxlm.sharding import batch_sharding
 from jaxlm.step import Program
 from jaxlm.tasks.batch import Batch
-from jaxlm.tasks.language_modelling import make_batch
+from jaxlm.tasks.build import batch_maker
 
 BATCHES_ON_DEVICE = 2
 
@@ -25,6 +25,7 @@ class Inputs:
         self._config = config
         self._program = program
         self._prepared = prepared
+        self._make_batch = batch_maker(config, prepared)
         shape = config.train.batch_size, config.seq_len
         self._rows, owned = rows_held(batch_sharding(program.mesh), shape)
         self.owned = [i for i, row in enumerate(self._rows) if row in set(owned.tolist())]
@@ -46,7 +47,7 @@ class Inputs:
         def placed():
             with TraceAnnotation("data: read"):
                 row = next(rows)
-            return self.put(make_batch(row))
+            return self.put(self._make_batch(row))
 
         ahead = deque(placed() for _ in range(BATCHES_ON_DEVICE))
         while True:
@@ -67,7 +68,7 @@ class Inputs:
             limit=config.train.eval_batches,
             rows=None if whole else self._rows,
         ):
-            yield make_batch(rows)
+            yield self._make_batch(rows)
 
     def _row_sources(self, files: Sequence[File]) -> list[Sequence[Row]]:
         return [self._prepared.form.rows(file, self._config.seq_len) for file in files]

@@ -85,17 +85,22 @@ def find_step(path: Path, which: str = "last") -> Path:
     return find_step(step_folder(path, int(which)))
 
 
-def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """The config with `model.vocab_size` set. Raises UserError if it is less than is needed."""
-    size, given = tokenizer.vocab_size, config.model.vocab_size
+def with_found(config: Config, prepared: Prepared) -> Config:
+    """The config with what its data settles: `model.vocab_size`, and `model.labels` of a classifier.
+
+    Raises UserError for a vocabulary that is less than is needed.
+    """
+    model = config.model
+    if config.task == "classification":
+        model = dataclasses.replace(model, labels=prepared.form.names)
+    size, given = prepared.tokenizer.vocab_size, model.vocab_size
     if given is not None and given < size:
         raise UserError(
             f"model.vocab_size={given} is less than the tokenizer's {size} tokens: leave it out, "
             f"or set it to {size} or more"
         )
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, vocab_size=given or size)
-    )
+    model = dataclasses.replace(model, vocab_size=given or size)
+    return dataclasses.replace(config, model=model)
 
 
 def claim(run: Path, config: Config, prepared: Prepared) -> None:

@@ -26,11 +26,12 @@ from jaxlm.monitor import Display, Meter, MetricsLog, NoLog
 from jaxlm.optim import learning_rate, make_optimizer
 from jaxlm.processes import Group, find_launch, hush_gloo, joined
 from jaxlm.profiling import Profile
-from jaxlm.run_folder import claimed, with_vocabulary
+from jaxlm.run_folder import claimed, with_found
 from jaxlm.sharding import check_fits
 from jaxlm.step import TrainState, build_model, build_program
 from jaxlm.tasks.batch import Batch
-from jaxlm.validation import Validation
+from jaxlm.tasks.build import make_form
+from jaxlm.validation import VALIDATIONS
 
 # Settings of the machine, which the processes of a run need not share.
 MAY_DIFFER = ("data.cache", "data.workers", "data.prefetch")
@@ -63,8 +64,8 @@ def _train(config: Config, group: Group, profiled: range) -> int:
     if group.count > 1 and mesh.devices.flat[0].platform == "cpu":
         hush_gloo()
     group.check_same({k: v for k, v in flatten(config).items() if k not in MAY_DIFFER})
-    prepared = prepare_together(group, config.data, config.tokenizer, say)
-    config = with_vocabulary(config, prepared.tokenizer)
+    prepared = prepare_together(group, config.data, config.tokenizer, say, make_form(config))
+    config = with_found(config, prepared)
     with claimed(Path(config.out), config, prepared, group):
         trainer = Trainer(config, mesh, prepared, group, profiled, say)
         with trainer:
@@ -103,7 +104,8 @@ class Trainer:
             more = f" and {len(replicated) - 3} more" if len(replicated) > 3 else ""
             say(f"fsdp divides no dimension of {names}{more}: every device holds all of them")
         self.inputs = Inputs(config, self.program, prepared)
-        self.validation = Validation(config, self.program, prepared, self.inputs, group)
+        validation = VALIDATIONS[config.task]
+        self.validation = validation(config, self.program, prepared, self.inputs, group)
         self.state = self._restore(say) or self._fresh()
         self.step = int(self.state.step)
         self.stop = group.stop
@@ -194,8 +196,8 @@ class Trainer:
 
     def _finish(self) -> int:
         self.checkpoints.wait()
-        if self.group.is_first:
-            self.display.line(self.validation.yardstick())
+        if self.group.is_first and (line := self.validation.closing()):
+            self.display.line(line)
         self.display.line(
             f"done: step {self.step} saved in {self.run_folder}; try python -m jaxlm.sample "
             f"{self.run_folder} --prompt={self.config.train.sample_prompt!r}"
@@ -221,7 +223,9 @@ class Trainer:
             self.log,
             self.display,
             tokens_per_step=self._tokens_per_step,
-            flops_per_step=self._tokens_per_step * training_flops_per_token(config.model, length),
+            flops_per_step=config.train.batch_size
+            * length
+            * training_flops_per_token(config.model, length),
             peak=None if peak is None else peak * mesh.size,
             max_nonfinite=config.train.max_nonfinite,
         )
@@ -235,7 +239,7 @@ class Trainer:
 
     @property
     def _tokens_per_step(self) -> int:
-        return self.config.train.batch_size * self.config.seq_len
+        return self.config.train.batch_size * self.config.tokens_per_row
 
     def _restore(self, say: Callable[[str], None]) -> TrainState | None:
         # One process looks at the bytes, and all use what it found.
@@ -296,18 +300,13 @@ class Trainer:
         self.meter.restart_clock()
 
     def _validate(self) -> dict[str, float]:
-        """Loss on the validation text, and a sample; written, shown and returned."""
+        """Metrics of the validation text; written, shown and returned."""
         self.meter.flush()
         params = self.program.eval_params(self.state)
-        metrics = self.validation.loss(params, self.stall.step)
+        metrics, (first, *others) = self.validation.run(params, self.stall.step)
         self.log.write({"step": self.step, **metrics})
-        self.display.line(
-            f"step {self.step}: validation loss {metrics['valid_loss']:.4f} nats/token, "
-            f"perplexity {metrics['valid_perplexity']:.2f}, "
-            f"{metrics['valid_bits_per_byte']:.4f} bits/byte"
-        )
-        if (sample := self.validation.sample(params)) is not None:
-            self.display.line(f"  sample: {sample!r}")
+        for line in (f"step {self.step}: {first}", *others):
+            self.display.line(line)
         self.meter.restart_clock()
         return metrics
 

@@ -1,11 +1,11 @@
-"""What a run says of itself now and then: loss on held-out text, a sample, a yardstick."""
+"""What a run says of itself now and then: metrics of held-out text, a sample, a yardstick."""
 
-import math
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
+from jaxlm.chat import Message, encode_prompt
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared
 from jaxlm.decode import Sampling, build_decode_program
@@ -13,7 +13,13 @@ from jaxlm.errors import UserError
 from jaxlm.inputs import Inputs
 from jaxlm.processes import Group
 from jaxlm.step import Program, build_model
+from jaxlm.tasks.labels import confusion_table, label_metrics
 from jaxlm.tasks.language_modelling import compressed_bits, loss_metrics
+from jaxlm.tasks.metrics import translation_scores
+from jaxlm.tasks.translation import reference_pairs
+
+GREEDY = Sampling(temperature=0.0)
+TEXTS_AT_ONCE = 64
 
 
 class Validation:
@@ -25,35 +31,78 @@ class Validation:
         """Raises UserError for a prompt of the sample that is too long."""
         self._config = config
         self._program = program
+        self._prepared = prepared
         self._tokenizer = prepared.tokenizer
         self._inputs = inputs
         self._group = group
-        self._decoder = build_decode_program(build_model(config, program.mesh), program.mesh)
-        self._prompt = self._sample_prompt()
-        self._bits_per_byte = math.nan
 
-    def loss(self, params, moved: Callable[[], None]) -> dict[str, float]:
-        """Metrics of the validation text; `moved` is called after each batch."""
-        sums, num_bytes = [], 0
-        lengths = self._tokenizer.byte_lengths
+    def run(self, params, moved: Callable[[], None]) -> tuple[dict[str, float], list[str]]:
+        """(metrics of the validation text by name, lines that show them, and perhaps a sample).
+
+        `moved` is called after each batch.
+        """
+        raise NotImplementedError
+
+    def closing(self) -> str | None:
+        """A line for the end of the run: what the last metrics can be compared with."""
+        return None
+
+    def _sums(self, params, moved: Callable[[], None], look: Callable = lambda batch: None):
+        """The evaluation step's sums over all batches, float64; `look` sees each host batch."""
+        sums = []
         for batch in self._inputs.validation():
             sums.append(self._program.eval_step(params, self._inputs.put(batch)))
+            look(batch)
+            moved()
+        add = lambda *parts: np.sum(parts, axis=0, dtype=np.float64)  # noqa: E731
+        return jax.tree.map(add, *jax.device_get(sums))
+
+
+class TextValidation(Validation):
+    """Of language models: loss, bits per byte and a sample."""
+
+    def __init__(self, config: Config, program: Program, *others):
+        super().__init__(config, program, *others)
+        self._decoder = build_decode_program(build_model(config, program.mesh), program.mesh)
+        self._prompt = self._sample_prompt()
+        self._bits_per_byte = 0.0
+
+    def run(self, params, moved):
+        num_bytes, lengths = 0, self._tokenizer.byte_lengths
+
+        def look(batch):
             # Rows that several processes hold count once.
+            nonlocal num_bytes
             mine = self._inputs.owned
             num_bytes += int(lengths[batch.targets[mine][batch.weights[mine] > 0]].sum())
-            moved()
+
+        sums = self._sums(params, moved, look)
         num_bytes = sum(self._group.gather(num_bytes))
-        sums = jax.tree.map(
-            lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(sums)
-        )
         metrics = loss_metrics(float(sums.nats), float(sums.weight), num_bytes)
         self._bits_per_byte = metrics["valid_bits_per_byte"]
-        return metrics
+        lines = [
+            f"validation loss {metrics['valid_loss']:.4f} nats/token, perplexity "
+            f"{metrics['valid_perplexity']:.2f}, {self._bits_per_byte:.4f} bits/byte"
+        ]
+        if self._prompt is not None:
+            lines.append(f"  sample: {self._sample(params)!r}")
+        return metrics, lines
 
-    def sample(self, params) -> str | None:
-        """A continuation of the config's prompt, if there is one."""
-        if self._prompt is None:
+    def closing(self):
+        if self._config.task != "language_modelling":
             return None
+        text = b"".join(
+            self._tokenizer.decode_bytes(batch.targets[batch.weights > 0].tolist())
+            for batch in self._inputs.validation(whole=True)
+        )
+        others = ", ".join(f"{name} {bits:.3f}" for name, bits in compressed_bits(text).items())
+        return (
+            f"bits/byte on {len(text):,} bytes of validation text: model "
+            f"{self._bits_per_byte:.3f}, {others}"
+        )
+
+    def _sample(self, params) -> str:
+        """A continuation of the config's prompt."""
         room = self._config.model.max_seq_len - len(self._prompt)
         (texts,) = self._decoder.generate(
             self._decoder.prepare(params),
@@ -65,26 +114,90 @@ class Validation:
         )
         return self._tokenizer.decode([*self._prompt, *texts[0]])
 
-    def yardstick(self) -> str:
-        """What general compressors make of the same validation text."""
-        text = b"".join(
-            self._tokenizer.decode_bytes(batch.targets[batch.weights > 0].tolist())
-            for batch in self._inputs.validation(whole=True)
-        )
-        others = ", ".join(f"{name} {bits:.3f}" for name, bits in compressed_bits(text).items())
-        return (
-            f"bits/byte on {len(text):,} bytes of validation text: model "
-            f"{self._bits_per_byte:.3f}, {others}"
-        )
-
     def _sample_prompt(self) -> list[int] | None:
         text = self._config.train.sample_prompt
         if not text:
             return None
-        tokens = [self._tokenizer.bos_id, *self._tokenizer.encode(text)]
+        if self._config.task == "instruction":
+            tokens = encode_prompt(self._tokenizer, [Message("user", text)])
+        else:
+            tokens = [self._tokenizer.bos_id, *self._tokenizer.encode(text)]
         if len(tokens) >= self._config.model.max_seq_len:
             raise UserError(
                 f"train.sample_prompt has {len(tokens)} tokens, which leaves no room in "
                 f"model.max_seq_len={self._config.model.max_seq_len}: shorten it"
             )
         return tokens
+
+
+class TranslationValidation(Validation):
+    """Of translation: loss, and BLEU and chrF of some pairs, translated greedily."""
+
+    def __init__(self, config: Config, program: Program, *others):
+        super().__init__(config, program, *others)
+        self._decoder = build_decode_program(build_model(config, program.mesh), program.mesh)
+        self._pairs = reference_pairs(self._prepared, config.train.eval_texts)
+
+    def run(self, params, moved):
+        sums = self._sums(params, moved)
+        metrics = loss_metrics(float(sums.nats), float(sums.weight))
+        line = f"validation loss {metrics['valid_loss']:.4f} nats/token"
+        if self._config.train.eval_texts == 0:
+            return metrics, [line]
+        texts = self._translate(params, moved)
+        scores = {}
+        for language in sorted({pair.language for pair in self._pairs}, key=str):
+            chosen = [i for i, pair in enumerate(self._pairs) if pair.language == language]
+            scores[language] = translation_scores(
+                [texts[i] for i in chosen], [self._pairs[i].reference for i in chosen], language
+            )
+        for name in ("bleu", "chrf"):
+            values = {language: getattr(score, name) for language, score in scores.items()}
+            metrics[f"valid_{name}"] = float(np.mean(list(values.values())))
+            if len(values) > 1:
+                metrics |= {f"valid_{name}_{key}": value for key, value in values.items()}
+        line += (
+            f", BLEU {metrics['valid_bleu']:.2f}, chrF {metrics['valid_chrf']:.2f} of "
+            f"{len(texts)} texts translated greedily"
+        )
+        source = self._tokenizer.decode(self._pairs[0].source)
+        return metrics, [line, f"  sample: {source!r} -> {texts[0]!r}"]
+
+    def _translate(self, params, moved) -> list[str]:
+        params, texts = self._decoder.prepare(params), []
+        for start in range(0, len(self._pairs), TEXTS_AT_ONCE):
+            part = self._pairs[start : start + TEXTS_AT_ONCE]
+            (made,) = self._decoder.generate(
+                params,
+                [[self._tokenizer.bos_id]] * len(part),
+                max_new_tokens=self._config.seq_len,
+                sampling=GREEDY,
+                eos_id=self._tokenizer.eos_id,
+                sources=[pair.source for pair in part],
+            )
+            texts += map(self._tokenizer.decode, made)
+            moved()
+        return texts
+
+
+class LabelValidation(Validation):
+    """Of classification: accuracy, macro-F1, calibration, and what is taken for what."""
+
+    def run(self, params, moved):
+        sums = self._sums(params, moved)
+        metrics = label_metrics(sums)
+        line = (
+            f"validation loss {metrics['valid_loss']:.4f} nats/text, accuracy "
+            f"{metrics['valid_accuracy']:.4f}, macro-F1 {metrics['valid_macro_f1']:.4f}, "
+            f"calibration error {metrics['valid_ece']:.4f}"
+        )
+        table = confusion_table(sums.confusion, self._config.model.labels)
+        return metrics, [line, *(f"  {row}" for row in table.splitlines())]
+
+
+VALIDATIONS = {
+    "language_modelling": TextValidation,
+    "instruction": TextValidation,
+    "translation": TranslationValidation,
+    "classification": LabelValidation,
+}

@@ -23,7 +23,7 @@ from jaxlm.data.corpus import Prepared
 from jaxlm.errors import UserError, show
 from jaxlm.export.huggingface import is_model_folder
 from jaxlm.processes import Group
-from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.tokenizer import load_tokenizer
 
 DATA = "data.json"
 SHARED_SECONDS = 60
@@ -86,7 +86,7 @@ def find_step(path: Path, which: str = "last") -> Path:
 
 
 def with_found(config: Config, prepared: Prepared) -> Config:
-    """The config with what its data settles: `model.vocab_size`, and `model.labels` of a classifier.
+    """The config with what its data settles: the vocabulary's size, and a classifier's labels.
 
     Raises UserError for a vocabulary that is less than is needed.
     """

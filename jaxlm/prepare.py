@@ -1,8 +1,9 @@
 """`python -m jaxlm.prepare`: tokenise the data now, so that training starts at once."""
 
 from jaxlm.cli import parse_config, run_command
-from jaxlm.data.corpus import prepare
-from jaxlm.data.tokens import TokenFile
+from jaxlm.data.corpus import File, prepare
+from jaxlm.data.forms import counted
+from jaxlm.tasks.build import make_form
 
 
 def main(argv: list[str]) -> None:
@@ -13,18 +14,16 @@ def main(argv: list[str]) -> None:
         description="Train or load the tokenizer and write the token files of data.train and "
         "data.valid, which training then takes from the cache.",
     )
-    prepared = prepare(config.data, config.tokenizer)
+    prepared = prepare(config.data, config.tokenizer, form=make_form(config))
     for name, files in (("train", prepared.train), ("valid", prepared.valid)):
         for file in files:
-            print(f"{name}: {_summary(file)}")
+            print(f"{name}: {_summary(file, prepared.form.item)}")
 
 
-def _summary(file: TokenFile) -> str:
+def _summary(file: File, item: str) -> str:
     skipped = f", {file.num_skipped:,} skipped as bad" if file.num_skipped else ""
-    plural = "" if file.num_documents == 1 else "s"
     return (
-        f"{file.manifest['source']}: {file.num_documents:,} document{plural}, "
-        f"{file.num_tokens:,} tokens, "
+        f"{file.manifest['source']}: {counted(len(file), item)}, {file.num_tokens:,} tokens, "
         f"{file.num_bytes:,} bytes ({file.num_bytes / file.num_tokens:.2f} a token){skipped}"
         f"\n  in {file.path}"
     )

@@ -110,20 +110,22 @@ class Translation(Examples):
         }
 
     def encode(self, tokenizer: Tokenizer, items: Sequence[Pair]) -> list[Encoded]:
-        texts = tokenizer.encode_batch([item.target for item in items])
+        targets = tokenizer.encode_batch([item.target for item in items])
         sources = encode_sources(
             tokenizer, [item.source for item in items], [item.language for item in items]
         )
         return [
-            self._encoded(tokenizer, item.target.encode(), source, ids)
-            for item, source, ids in zip(items, sources, texts, strict=True)
+            self._encoded(tokenizer, item, source, target)
+            for item, source, target in zip(items, sources, targets, strict=True)
         ]
 
     def _encoded(
-        self, tokenizer: Tokenizer, reference: bytes, source: list[int], ids: list[int]
+        self, tokenizer: Tokenizer, item: Pair, source: list[int], ids: list[int]
     ) -> Encoded:
+        reference = item.target.encode()
+        num_bytes = len(item.source.encode()) + len(reference)
         if len(source) > self.source_len or len(ids) + 1 > self.seq_len:
-            return Encoded(None, len(reference))
+            return Encoded(None, num_bytes)
         arrays = {
             "source": np.array(source),
             "tokens": np.array([tokenizer.bos_id, *ids]),
@@ -132,7 +134,7 @@ class Translation(Examples):
             # Decoding may not give it back: a foreign tokenizer normalises.
             "reference": np.frombuffer(reference, np.uint8),
         }
-        return Encoded(Example(arrays), len(reference))
+        return Encoded(Example(arrays), num_bytes)
 
 
 def make_form(config: Config) -> Translation:

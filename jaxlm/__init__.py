@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxlm.api import (
         LanguageModel,
-        Score,
         Verification,
         export_checkpoint,
-        generate,
         load,
-        score,
     )
     from jaxlm.errors import UserError
+    from jaxlm.texts import Score, generate, score
 
 __version__ = "0.1.0"
 __all__ = [
@@ -50,7 +48,9 @@ if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Names are looked up on first use, so that importing jaxlm is quick and starts no device.
-_HOMES = dict.fromkeys(__all__, "jaxlm.api") | {"UserError": "jaxlm.errors"}
+_HOMES = dict.fromkeys(__all__, "jaxlm.texts")
+_HOMES |= dict.fromkeys(("LanguageModel", "Verification", "export_checkpoint", "load"), "jaxlm.api")
+_HOMES["UserError"] = "jaxlm.errors"
 
 
 def __getattr__(name: str):

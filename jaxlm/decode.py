@@ -9,46 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.beam import Beams, Hypothesis, hypotheses, search
 from jaxlm.losses import blocked_token_nll
 from jaxlm.mesh import FOLDED, batch_shards, folded_mesh
 from jaxlm.models.stack import unstack
-from jaxlm.nn.attention import Places
+from jaxlm.nn.attention import Places, Source
 from jaxlm.parallel.pipeline import Schedule
 from jaxlm.placement import place, to_host
+from jaxlm.sampling import Sampling, choose
 from jaxlm.sharding import Layout, batch_sharding, make_layout, path_name, split_boxes
 from jaxlm.step import on_mesh
 
 SCORE_BLOCK = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen from the logits; `temperature` 0 takes the likeliest."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    """Nucleus sampling (Holtzman et al., 2020)."""
-    min_p: float | None = None
-    """Drop tokens less likely than this share of the likeliest (Nguyen et al., 2024)."""
-    repetition_penalty: float = 1.0
-    """Divides positive logits of tokens seen, multiplies negative ones (Keskar et al., 2019)."""
-
-    @property
-    def kind(self) -> tuple[bool, bool, bool]:
-        """What is compiled for: (greedy, filtered, penalised). Numbers are traced."""
-        filtered = any(x is not None for x in (self.top_k, self.top_p, self.min_p))
-        return np.float32(self.temperature) == 0, filtered, self.repetition_penalty != 1.0
-
-    def numbers(self, vocab_size: int) -> dict[str, np.ndarray]:
-        """The settings as arrays, the unset ones at the value that does nothing."""
-        return {
-            "temperature": np.float32(self.temperature),
-            "top_k": np.int32(min(self.top_k or vocab_size, vocab_size)),
-            "top_p": np.float32(1.0 if self.top_p is None else self.top_p),
-            "min_p": np.float32(self.min_p or 0.0),
-            "repetition_penalty": np.float32(self.repetition_penalty),
-        }
 
 
 @jax.tree_util.register_dataclass
@@ -73,40 +45,26 @@ class DecodeState:
     """[B] int32: which sample of its prompt a row is."""
 
 
-def choose(logits_bv, keys, kind: tuple[bool, bool, bool], numbers: dict, seen_bv=None):
-    """The next token [B] from float32 logits; `keys` [B] are the rows' own random keys."""
-    greedy, filtered, penalised = kind
-    if penalised:
-        penalty = numbers["repetition_penalty"]
-        scaled = jnp.where(logits_bv > 0, logits_bv / penalty, logits_bv * penalty)
-        logits_bv = jnp.where(seen_bv, scaled, logits_bv)
-    if greedy:
-        return jnp.argmax(logits_bv, -1).astype(jnp.int32)
-    logits_bv = logits_bv / numbers["temperature"]
-    if filtered:
-        logits_bv = jnp.where(logits_bv >= _threshold(logits_bv, numbers), logits_bv, -jnp.inf)
-    gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits_bv.shape[1:]))(keys)
-    return jnp.argmax(logits_bv + gumbel, -1).astype(jnp.int32)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a batch of rows starts from."""
 
-
-def _threshold(logits_bv, numbers: dict):
-    """The smallest logit [B, 1] that top-k, then top-p, then min-p leave."""
-    sorted_bv = -jnp.sort(-logits_bv, axis=-1)
-    ranks = jnp.arange(logits_bv.shape[1])[None, :]
-    kept = jnp.where(ranks < numbers["top_k"], sorted_bv, -jnp.inf)
-    probabilities = jax.nn.softmax(kept, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    keep = (ranks < numbers["top_k"]) & (before < numbers["top_p"])
-    keep &= probabilities >= numbers["min_p"] * probabilities[:, :1]
-    keep |= ranks == 0
-    return jnp.where(keep, sorted_bv, jnp.inf).min(-1, keepdims=True)
+    tokens: jax.Array
+    """[B, T] int32, padded in front."""
+    lengths: jax.Array
+    """[B] int32."""
+    source: Source | None
+    """[B, S], padded behind."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecodeProgram:
-    """Generation and scoring of one model, compiled for one mesh at the first call.
+    """Generation, beam search and scoring of one model, compiled for one mesh at the first call.
 
-    Compiled functions are reused for prompts and lengths of the same power-of-two bucket.
+    Compiled functions are reused for prompts and lengths of the same power-of-two bucket. A
+    sequence-to-sequence model takes `sources`, the ids its encoder reads for each row, and its
+    prompts and texts are the target's, from the id that starts it.
     """
 
     model: object
@@ -128,6 +86,7 @@ class DecodeProgram:
         sample_ids: list[int] | None = None,
         chunk: int | None = None,
         stopped: Callable[[list[int]], bool] = lambda tokens: False,
+        sources: list[list[int]] | None = None,
     ) -> Iterator[list[list[int]]]:
         """Yield each row's tokens so far, every `chunk` tokens; without it once, at the end.
 
@@ -137,21 +96,16 @@ class DecodeProgram:
         """
         count, longest = len(prompts), self.model.config.max_seq_len
         max_new_tokens = min(max_new_tokens, longest - min(map(len, prompts)))
-        rows = _padded_rows(count, self.mesh)
-        filled = prompts + [prompts[0]] * (rows - count)
-        ids = np.zeros(rows, np.int32)
+        prompt = self._prompt(prompts, sources)
+        ids = np.zeros(prompt.lengths.shape, np.int32)
         ids[:count] = 0 if sample_ids is None else sample_ids
-        tokens, lengths = left_pad(filled, bucket(max(map(len, filled))))
         settings = (
             jax.random.key(seed),
             sampling.numbers(self.model.config.vocab_size),
             np.int32(-1 if eos_id is None else eos_id),
             np.int32(longest),
         )
-        tokens = place(tokens, batch_sharding(self.mesh))
-        state = self._prefill(
-            sampling.kind, bucket(max_new_tokens), params, tokens, lengths, ids, settings
-        )
+        state = self._prefill(sampling.kind, bucket(max_new_tokens), params, prompt, ids, settings)
         target = max_new_tokens if chunk is None else min(chunk, max_new_tokens)
         while True:
             state = self._extend(sampling.kind, params, state, np.int32(target), settings)
@@ -167,49 +121,135 @@ class DecodeProgram:
             state = dataclasses.replace(state, done=place(ended, state.done.sharding))
             target = min(target + chunk, max_new_tokens)
 
-    def score(self, params, texts: list[list[int]]) -> list[np.ndarray]:
-        """log P of each token after a text's first, in nats, float32."""
-        rows = _padded_rows(len(texts), self.mesh)
-        filled = texts + [texts[0]] * (rows - len(texts))
-        length = bucket(max(map(len, filled)) - 1)
-        tokens = np.zeros((rows, length + 1), np.int32)
+    def beam_search(
+        self,
+        params,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        beams: Beams,
+        eos_id: int | None,
+        sources: list[list[int]] | None = None,
+    ) -> list[list[Hypothesis]]:
+        """The best texts found for each row, at most `beams.num_beams`, the best first.
+
+        A text ends after `eos_id`, after `max_new_tokens` and at the model's longest text.
+        """
+        longest = self.model.config.max_seq_len
+        prompt = self._prompt(prompts, sources)
+        limits = np.minimum(max_new_tokens, longest - prompt.lengths).astype(np.int32)
+        settings = beams.numbers(), np.int32(-1 if eos_id is None else eos_id), limits
+        found = self._search(beams.num_beams, bucket(int(limits.max())), params, prompt, settings)
+        return [hypotheses(*row, eos_id) for row in zip(*to_host(found), strict=True)][
+            : len(prompts)
+        ]
+
+    def score(
+        self, params, texts: list[list[int]], sources: list[list[int]] | None = None
+    ) -> list[np.ndarray]:
+        """log P of each token after a text's first, given its source, in nats, float32."""
+        tokens, _ = self._padded(texts, extra=1)
+        inputs = place((tokens[:, :-1], tokens[:, 1:]), batch_sharding(self.mesh))
+        nll = to_host(self._nll(params, *inputs, self._source(sources)))
+        return [-row[: len(text) - 1] for row, text in zip(nll, texts, strict=False)]
+
+    def classify(self, params, texts: list[list[int]]) -> np.ndarray:
+        """A classifier's probability of each label, float32 [texts, labels]."""
+        tokens, lengths = self._padded(texts)
+        tokens = place(tokens, batch_sharding(self.mesh))
+        return to_host(self._label_probabilities(params, tokens, lengths))[: len(texts)]
+
+    def _prompt(self, prompts: list[list[int]], sources: list[list[int]] | None) -> Prompt:
+        filled = self._filled(prompts)
+        tokens, lengths = left_pad(filled, bucket(max(map(len, filled))))
+        tokens = place(tokens, batch_sharding(self.mesh))
+        return Prompt(tokens, lengths, self._source(sources))
+
+    def _source(self, sources: list[list[int]] | None) -> Source | None:
+        if sources is None:
+            return None
+        tokens, lengths = self._padded(sources)
+        slots = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+        places = Places(slots, (slots < lengths[:, None]).astype(np.int32))
+        return place(Source(tokens, places), batch_sharding(self.mesh))
+
+    def _padded(self, texts: list[list[int]], extra: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Texts as int32 [B, bucket + extra], padded behind, and their lengths [B]."""
+        filled = self._filled(texts)
+        lengths = np.array(list(map(len, filled)), np.int32)
+        tokens = np.zeros((len(filled), bucket(int(lengths.max()) - extra) + extra), np.int32)
         for row, text in zip(tokens, filled, strict=True):
             row[: len(text)] = text
-        inputs = place((tokens[:, :-1], tokens[:, 1:]), batch_sharding(self.mesh))
-        nll = to_host(self._nll(params, *inputs))
-        return [-row[: len(text) - 1] for row, text in zip(nll, texts, strict=False)]
+        return tokens, lengths
+
+    def _filled(self, texts: list[list[int]]) -> list[list[int]]:
+        """As many texts as are computed: a power of two of them on every batch shard."""
+        shards = batch_shards(self.mesh)
+        rows = shards * bucket(-(-len(texts) // shards), smallest=1)
+        return texts + [texts[0]] * (rows - len(texts))
 
     @functools.cached_property
     def _nll(self):
-        def nll(params, tokens, targets):
+        def nll(params, tokens, targets, source):
             params = self.layout.unpad(params)
             places = Places(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-            hidden, *_ = self.model.hidden(params, tokens, places)
+            if source is not None:
+                # Without segments of its own the target would see the padding of the source.
+                places = dataclasses.replace(places, segments=jnp.ones_like(tokens))
+            hidden, *_ = self.model.hidden(params, tokens, places, source=source)
             logits = functools.partial(self.model.logits, params)
             return blocked_token_nll(hidden, logits, targets, SCORE_BLOCK)
 
         return self._compiled(nll)
 
     @functools.cached_property
-    def _prefill(self):
-        def prefill(kind, capacity, params, tokens, lengths, sample_ids, settings):
+    def _label_probabilities(self):
+        def probabilities(params, tokens, lengths):
             params = self.layout.unpad(params)
-            rows, length = tokens.shape
-            slots = jnp.arange(length)[None, :] - (length - lengths[:, None])
-            real = slots >= 0
-            places = Places(jnp.maximum(slots, 0), real.astype(jnp.int32))
-            cache = self.model.init_cache(rows, length + capacity)
-            hidden, _, cache = self.model.hidden(params, tokens, places, cache=cache)
+            slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            places = Places(slots, (slots < lengths[:, None]).astype(jnp.int32))
+            hidden, *_ = self.model.hidden(params, tokens, places)
+            reads = lengths - 1 if self.model.config.pooling == "last" else jnp.zeros_like(lengths)
+            pooled = jnp.take_along_axis(hidden, reads[:, None, None], axis=1)
+            return jax.nn.softmax(self.model.logits(params, pooled)[:, 0])
+
+        return self._compiled(probabilities)
+
+    def _read(self, params, prompt: Prompt, capacity: int):
+        """Read the prompts; returns (last hidden state [B, 1, D], cache, is_token [B, T])."""
+        rows, length = prompt.tokens.shape
+        slots = jnp.arange(length)[None, :] - (length - prompt.lengths[:, None])
+        real = slots >= 0
+        places = Places(jnp.maximum(slots, 0), real.astype(jnp.int32))
+        source_length = 0 if prompt.source is None else prompt.source.tokens.shape[1]
+        cache = self.model.init_cache(rows, length + capacity, source_length)
+        hidden, _, cache = self.model.hidden(
+            params, prompt.tokens, places, cache=cache, source=prompt.source
+        )
+        return hidden[:, -1:], cache, real
+
+    def _next(self, params, tokens_b, positions_b, cache):
+        """Read one token of each row; returns (its hidden state [B, 1, D], the cache)."""
+        places = Places(positions_b[:, None], jnp.ones_like(tokens_b)[:, None])
+        hidden, _, cache = self.model.hidden(params, tokens_b[:, None], places, cache=cache)
+        return hidden, cache
+
+    @functools.cached_property
+    def _prefill(self):
+        def prefill(kind, capacity, params, prompt, sample_ids, settings):
+            params = self.layout.unpad(params)
+            hidden, cache, real = self._read(params, prompt, capacity)
+            rows = prompt.lengths.shape[0]
             seen = None
             if kind[2]:
                 vocabulary = jnp.zeros((rows, self.model.config.vocab_size), bool)
-                seen = vocabulary.at[jnp.arange(rows)[:, None], tokens].max(real)
+                seen = vocabulary.at[jnp.arange(rows)[:, None], prompt.tokens].max(real)
             zeros = jnp.zeros((rows,), jnp.int32)
             state = DecodeState(
                 cache=cache,
                 tokens=jnp.zeros((rows, capacity), jnp.int32),
                 count=jnp.zeros((), jnp.int32),
-                positions=lengths - 1,
+                positions=prompt.lengths - 1,
                 lengths=zeros,
                 done=zeros > 0,
                 seen=seen,
@@ -228,15 +268,32 @@ class DecodeProgram:
                 return (state.count < until) & ~state.done.all()
 
             def one(state):
-                last = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
-                places = Places(state.positions[:, None], jnp.ones_like(last))
-                hidden, _, cache = self.model.hidden(params, last, places, cache=state.cache)
+                last = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, 1, False)
+                hidden, cache = self._next(params, last, state.positions, state.cache)
                 state = dataclasses.replace(state, cache=cache)
                 return self._take(kind, params, state, hidden, settings)
 
             return jax.lax.while_loop(more, one, state)
 
         return self._compiled(extend, static_argnums=0, donate_argnums=2)
+
+    @functools.cached_property
+    def _search(self):
+        def run(num_beams, capacity, params, prompt, settings):
+            params = self.layout.unpad(params)
+
+            def log_p(hidden):
+                return jax.nn.log_softmax(self.model.logits(params, hidden)[:, 0])
+
+            def extend(tokens, count, cache):
+                positions = jnp.repeat(prompt.lengths, num_beams) + count - 1
+                hidden, cache = self._next(params, tokens, positions, cache)
+                return log_p(hidden), cache
+
+            hidden, cache, _ = self._read(params, prompt, capacity)
+            return search(log_p(hidden), cache, extend, num_beams, capacity, settings)
+
+        return self._compiled(run, static_argnums=(0, 1))
 
     def _take(self, kind, params, state: DecodeState, hidden, settings):
         """Choose each row's next token from the last hidden state and note it."""
@@ -275,17 +332,18 @@ def build_decode_program(model, mesh: Mesh) -> DecodeProgram:
     itself takes `folded_mesh(mesh)`.
     """
     folded = folded_mesh(mesh)
-    order = model.schedule.order(model.config.num_layers)
     params, axes = split_boxes(jax.eval_shape(model.init, jax.random.key(0)))
-    layers = range(model.config.num_layers)
-    one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), params["layers"])
+    depths = {name: jax.tree.leaves(params[name])[0].shape[0] for name in model.stacks}
+    orders = {name: model.schedule.order(depth) for name, depth in depths.items()}
     is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
-    one_axes = jax.tree.map(lambda names: names[1:], axes["layers"], is_leaf=is_axes)
-    unstacked = params | {"layers": tuple(one for _ in layers)}
-    layout = make_layout(unstacked, axes | {"layers": tuple(one_axes for _ in layers)}, folded)
+    for name, depth in depths.items():
+        one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), params[name])
+        one_axes = jax.tree.map(lambda names: names[1:], axes[name], is_leaf=is_axes)
+        params, axes = params | {name: (one,) * depth}, axes | {name: (one_axes,) * depth}
+    layout = make_layout(params, axes, folded)
 
     def prepare(params):
-        params = params | {"layers": unstack(params["layers"], order)}
+        params = params | {name: unstack(params[name], order) for name, order in orders.items()}
         return jax.tree_util.tree_map_with_path(_cast, params)
 
     def _cast(path, x):
@@ -332,9 +390,3 @@ def left_pad(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray
     for target, row in zip(padded, rows, strict=True):
         target[length - len(row) :] = row
     return padded, np.array([len(row) for row in rows], np.int32)
-
-
-def _padded_rows(count: int, mesh: Mesh) -> int:
-    """Rows to compute for `count` texts: a power of two of them on every batch shard."""
-    shards = batch_shards(mesh)
-    return shards * bucket(-(-count // shards), smallest=1)

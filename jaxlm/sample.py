@@ -4,9 +4,10 @@ import argparse
 import contextlib
 import sys
 
-from jaxlm.api import LanguageModel, generate, load
+from jaxlm.api import LanguageModel, load
 from jaxlm.cli import OneSentenceParser, run_command
 from jaxlm.errors import UserError
+from jaxlm.texts import generate
 
 
 def main(argv: list[str]) -> None:

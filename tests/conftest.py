@@ -111,6 +111,19 @@ def trained_run(corpus, tmp_path_factory) -> Path:
     return home / "run"
 
 
+@pytest.fixture(scope="session")
+def compilations() -> list:
+    """Grows with every compilation."""
+    seen = []
+
+    def listen(event, *_, **__):
+        if event.endswith("backend_compile_duration"):
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return seen
+
+
 @pytest.fixture
 def quick_compile():
     """For modules that ask for what all of them have by now."""

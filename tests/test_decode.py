@@ -201,19 +201,6 @@ def test_the_longest_text_ends_a_row():
     assert made[1] == generate([short])[0]
 
 
-@pytest.fixture(scope="module")
-def compilations() -> list:
-    """Grows with every compilation."""
-    seen = []
-
-    def listen(event, *_, **__):
-        if event.endswith("backend_compile_duration"):
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return seen
-
-
 def test_nothing_is_compiled_again_for_prompts_of_the_same_bucket(compilations):
     generate([[1, 2, 3]], seed=8)
     before = len(compilations)

@@ -30,9 +30,9 @@ FLOORS = [
     {"nn", "losses"},
     {"models"},
     {"tasks", "checkpoint"},
-    {"step", "decode"},
+    {"step", "decode", "beam", "sampling"},
     {"export"},
-    {"api", "loading", "run_folder", "inputs", "validation", "parity"},
+    {"api", "texts", "continuing", "loading", "run_folder", "inputs", "validation", "parity"},
     {"train", "prepare", "evaluate", "check", "sample", "bench", "export.__main__"},
     {"__init__"},
 ]

@@ -1,0 +1,149 @@
+"""Beam search: against a reference, against `transformers`, on meshes."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_decode import CONFIG, GREEDY, PROMPTS, generate, program_and_params
+from test_export_families import CASES, build, placed
+
+from jaxlm.beam import Beams
+from jaxlm.collectives import collectives
+from jaxlm.decode import build_decode_program
+from jaxlm.mesh import make_mesh
+from jaxlm.models.decoder import Decoder
+
+torch.set_num_threads(1)
+
+NEW_TOKENS = 9
+EOS = 7
+
+
+def search(beams, prompts=PROMPTS, mesh="dp1", max_new_tokens=12, eos_id=None):
+    program, params = program_and_params(mesh)
+    return program.beam_search(
+        params, prompts, max_new_tokens=max_new_tokens, beams=beams, eos_id=eos_id
+    )
+
+
+def texts_of(found):
+    return [[h.tokens for h in row] for row in found]
+
+
+def test_one_beam_is_greedy():
+    free = generate(PROMPTS)
+    for eos, early_stopping in ((None, True), (free[0][4], False), (free[0][4], "never")):
+        greedy = generate(PROMPTS, GREEDY, eos_id=eos)
+        found = search(Beams(1, early_stopping=early_stopping), eos_id=eos)
+        assert [row[0].tokens for row in found] == greedy
+
+
+def test_a_row_is_the_same_alone_and_in_any_batch():
+    together = search(Beams(3), eos_id=EOS)
+    reversed_ = search(Beams(3), PROMPTS[::-1], eos_id=EOS)
+    assert texts_of(reversed_) == texts_of(together)[::-1]
+    assert texts_of(search(Beams(3), [PROMPTS[1]], eos_id=EOS)) == texts_of(together)[1:2]
+
+
+def test_the_longest_text_ends_a_row():
+    long, short = list(range(60)), [1, 2]
+    found = search(Beams(3), [long, short])
+    assert [{len(h.tokens) for h in row} for row in found] == [{4}, {12}]
+    assert texts_of(found)[1:] == texts_of(search(Beams(3), [short]))
+
+
+def test_scores_are_the_log_probability_by_length():
+    program, params = program_and_params()
+    for prompt, row in zip(PROMPTS, search(Beams(3, 0.6)), strict=True):
+        scores = [h.score for h in row]
+        assert scores == sorted(scores, reverse=True)
+        for h in row:
+            (logprobs,) = program.score(params, [prompt + h.tokens])
+            total = logprobs[len(prompt) - 1 :].sum()
+            assert h.score == pytest.approx(total / len(h.tokens) ** 0.6, rel=1e-4)
+
+
+@pytest.mark.parametrize("mesh", ["dp4,tp2", pytest.param("fsdp2,tp3", marks=pytest.mark.slow)])
+def test_a_mesh_finds_the_same(mesh):
+    one = search(Beams(3), eos_id=EOS)
+    assert texts_of(search(Beams(3), mesh=mesh, eos_id=EOS)) == texts_of(one)
+
+
+def test_beams_move_within_their_device():
+    program, params = program_and_params("dp4")
+    prompt = program._prompt(PROMPTS, None)
+    settings = Beams(3).numbers(), np.int32(EOS), np.full(4, 12, np.int32)
+    compiled = program._search.lower(3, 16, params, prompt, settings).compile()
+    sent = [c.bytes for c in collectives(compiled.as_text(), program.mesh)]
+    one_layer = 3 * 32 * CONFIG.model.kv_heads * CONFIG.model.head_size * 4
+    assert sum(sent) < one_layer / 4, sent
+
+
+def test_nothing_is_compiled_again_for_other_penalties_and_lengths(compilations):
+    search(Beams(3), [PROMPTS[0]])
+    before = len(compilations)
+    search(Beams(3, 0.6, "never"), [PROMPTS[2]], max_new_tokens=7, eos_id=EOS)
+    search(Beams(3, 2.0, early_stopping=True), [PROMPTS[3]], max_new_tokens=16)
+    assert len(compilations) == before
+    search(Beams(2), [PROMPTS[0]])
+    assert len(compilations) > before
+
+
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def pair(request, tmp_path_factory):
+    """(a random model of transformers, the same here: a decode program and its parameters)."""
+    model = build(*CASES[request.param])
+    with torch.no_grad():
+        # Less sure of itself, so that beams part and meet again, and ends of text are not rare.
+        head = model.get_output_embeddings().weight
+        head *= 0.25
+        head[EOS] *= 4
+    folder = tmp_path_factory.mktemp("theirs")
+    model.save_pretrained(folder)
+    config, params = placed(folder)
+    program = build_decode_program(Decoder(config), make_mesh("dp1"))
+    return model, program, program.prepare(params)
+
+
+def beam_search_of_transformers(model, prompt, beams: Beams, num_return=1):
+    """[(tokens without the end-of-text, score)] of one prompt, the best first."""
+    settings = transformers.GenerationConfig(
+        num_beams=beams.num_beams,
+        length_penalty=beams.length_penalty,
+        early_stopping=beams.early_stopping,
+        num_return_sequences=num_return,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=EOS,
+        pad_token_id=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    tokens = torch.tensor([prompt])
+    out = model.generate(tokens, settings, attention_mask=torch.ones_like(tokens))
+    texts = []
+    for i, row in enumerate(out.sequences[:, len(prompt) :].tolist()):
+        text = row[: row.index(EOS)] if EOS in row else row
+        texts.append((text, float(out.sequences_scores[i])))
+    return texts
+
+
+@pytest.mark.parametrize(
+    "num_beams", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))]
+)
+def test_it_is_the_search_of_transformers(pair, num_beams):
+    model, program, params = pair
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(8, 97, n).tolist() for n in (3, 1, 7, 5)]
+    lengths = []
+    for early_stopping, length_penalty in [(False, 0.6), (False, 2.0), (True, 1.0), ("never", 0.6)]:
+        beams = Beams(num_beams, length_penalty, early_stopping)
+        found = program.beam_search(
+            params, prompts, max_new_tokens=NEW_TOKENS, beams=beams, eos_id=EOS
+        )
+        for prompt, row in zip(prompts, found, strict=True):
+            wanted = beam_search_of_transformers(model, prompt, beams, num_beams)
+            assert [h.tokens for h in row] == [text for text, _ in wanted]
+            np.testing.assert_allclose([h.score for h in row], [s for _, s in wanted], rtol=1e-4)
+            lengths += [len(h.tokens) for h in row]
+    assert sum(n < NEW_TOKENS for n in lengths) > len(lengths) / 4, "texts should end by themselves"

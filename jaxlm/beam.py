@@ -7,6 +7,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+
+from jaxlm.parallel import is_split
+from jaxlm.sharding import axes_of, mesh_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +112,28 @@ def search(log_p_bv, cache, extend: Callable, num_beams: int, capacity: int, set
         count=jnp.zeros((), jnp.int32),
         closed=jnp.zeros((rows,), bool),
     )
-    state = _advance(state, several(log_p_bv), settings)
+    state = _on_own_rows(_advance, state, several(log_p_bv), settings)
 
     def one(state):
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, 2, keepdims=False)
         log_p, cache = extend(last.reshape(-1), state.count, state.cache)
-        return _advance(dataclasses.replace(state, cache=cache), log_p, settings)
+        state = dataclasses.replace(state, cache=cache)
+        return _on_own_rows(_advance, state, log_p, settings)
 
     state = jax.lax.while_loop(lambda state: ~state.closed.all(), one, state)
     return state.finished, state.lengths, state.scores
+
+
+def _on_own_rows(advance: Callable, state: BeamState, *inputs) -> BeamState:
+    """`advance` on each device's own rows: the compiler would gather the logits of all of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = mesh_axes(("batch",), omit=frozenset({"pp", *mesh.manual_axes}))
+    if not is_split(axes_of(rows)):
+        return advance(state, *inputs)
+    specs = jax.tree.map(lambda x: rows if x.ndim else PartitionSpec(), (state, *inputs))
+    return jax.shard_map(
+        advance, in_specs=specs, out_specs=specs[0], axis_names=axes_of(rows), check_vma=False
+    )(state, *inputs)
 
 
 def _advance(state: BeamState, log_p, settings) -> BeamState:
@@ -175,7 +192,7 @@ def _norm(length, numbers: dict):
 
 
 def _reorder(cache, parents_bk):
-    """The cache with each beam's rows those of its parent, never leaving the row's device."""
+    """The cache with each beam's row that of its parent."""
     rows, beams = parents_bk.shape
     if beams == 1:
         return cache

@@ -209,7 +209,7 @@ class DecodeProgram:
             slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             places = Places(slots, (slots < lengths[:, None]).astype(jnp.int32))
             hidden, *_ = self.model.hidden(params, tokens, places)
-            reads = lengths - 1 if self.model.config.pooling == "last" else jnp.zeros_like(lengths)
+            reads = lengths - 1 if self.model.config.pools == "last" else jnp.zeros_like(lengths)
             pooled = jnp.take_along_axis(hidden, reads[:, None, None], axis=1)
             return jax.nn.softmax(self.model.logits(params, pooled)[:, 0])
 

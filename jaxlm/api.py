@@ -34,6 +34,8 @@ class LanguageModel:
     """Ids that a text starts with: beginning-of-text, unless the model was trained without."""
     source: Path
     """The folder the parameters are from: a run's step or a Hugging Face folder."""
+    average_last: int | None = None
+    """They are the mean over so many checkpoints, that step the last; None: they are one's."""
 
     @property
     def step(self) -> int:
@@ -41,14 +43,21 @@ class LanguageModel:
         return 0 if is_model_folder(self.source) else int(self.source.name.rpartition("_")[2])
 
 
-def load(path: str | Path, mesh: str | Mesh | None = None, dtype: str | None = None):
+def load(
+    path: str | Path,
+    mesh: str | Mesh | None = None,
+    dtype: str | None = None,
+    average_last: int | None = None,
+):
     """Load a run folder (its newest sound checkpoint), one of its step folders, or a folder of
     Hugging Face transformers (config.json, safetensors, tokenizer).
 
     `mesh` is a text such as `"dp2,tp2"` or a Mesh; None is one device. `dtype` ("float32" or
     "bfloat16") is the compute type; None is the run's. Where the run kept an exponential moving
-    average of its parameters, that is what is loaded. Raises UserError for a path that holds no
-    model, and for a damaged checkpoint.
+    average of its parameters, that is what is loaded; with `average_last` it is the mean of the
+    parameters in so many checkpoints, the last of them `path`'s. Adapters are merged into their
+    base. Raises UserError for a path that holds no model, too few checkpoints or a damaged one, and
+    a base that moved or changed.
     """
     if not isinstance(path, str | Path) or not isinstance(mesh, str | Mesh | None):
         raise UserError(f"load({path!r}, mesh={mesh!r}): give a path, and a mesh such as 'dp2,tp2'")
@@ -60,9 +69,10 @@ def load(path: str | Path, mesh: str | Mesh | None = None, dtype: str | None = N
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     mesh = folded_mesh(mesh if isinstance(mesh, Mesh) else make_mesh(mesh or "dp1"))
     check_fits(config, mesh, training=False)
-    program = build_decode_program(make_model(config.model), mesh)
-    params = program.prepare(load_params(folder, make_model(config.model), mesh))
-    return LanguageModel(config, tokenizer, program, params, tuple(prefix), folder)
+    model = make_model(config.model)
+    program = build_decode_program(model, mesh)
+    params = program.prepare(load_params(folder, model, mesh, average_last=average_last))
+    return LanguageModel(config, tokenizer, program, params, tuple(prefix), folder, average_last)
 
 
 def export_checkpoint(
@@ -74,6 +84,7 @@ def export_checkpoint(
     family: str | None = None,
     step: str | int = "last",
     average: bool = True,
+    average_last: int | None = None,
     shard_gb: float | None = None,
     skip_verification: bool = False,
     say: Callable[[str], None] = lambda line: None,
@@ -85,8 +96,8 @@ def export_checkpoint(
     "stablehlo". `dtype` is that of the weights: "float32", "bfloat16", "float16" or, for GGUF,
     "q8_0". `family` names one of transformers' model types where several can express the model.
     `step` is "last", "best" or a number, `average` takes the moving average of the parameters where
-    the run kept one, and a file of "hf" weights has at most `shard_gb` gigabytes (5). `say` gets
-    lines of progress.
+    the run kept one, `average_last` the mean over so many checkpoints, and a file of "hf" weights
+    has at most `shard_gb` gigabytes (5). `say` gets lines of progress.
 
     Returns how the written model compares; `verified` is false only where the other stack is not
     installed or `skip_verification` is set. Raises UserError where it cannot be written, and,
@@ -94,8 +105,10 @@ def export_checkpoint(
     """
     out = Path(out).expanduser()
     check_target(to, dtype, out, family, shard_gb)
-    folder = model.source if isinstance(model, LanguageModel) else model
-    source = read_model(find_model(folder, str(step)), average)
+    folder = model
+    if isinstance(model, LanguageModel):
+        folder, average_last = model.source, average_last or model.average_last
+    source = read_model(find_model(folder, str(step)), average, average_last)
     return export_model(
         source,
         to,

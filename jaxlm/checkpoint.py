@@ -5,6 +5,7 @@
         config.yaml      the experiment that made them
         tokenizer files
         metrics.json     step, tokens, valid_loss, ...
+        base.json        of a run with `lora`: the model its adapters belong to
         manifest.json    size and SHA-256 of every other file; written last
 
 Arrays are stored flat, under their path in the tree ("params/embed"): what holds them (dicts,
@@ -19,9 +20,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import jax
@@ -65,19 +67,28 @@ class Checkpoints:
         self._saves = 0
 
     def save(
-        self, step: int, state: Any, *, config_text: str, tokenizer: Any, metrics: dict
+        self,
+        step: int,
+        state: Any,
+        *,
+        config_text: str,
+        tokenizer: Any,
+        metrics: dict,
+        texts: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Start saving `state`, a tree of jax.Arrays; returns once they are copied to the host.
 
         The caller may donate them right away. `tokenizer` has `save(folder)`; `metrics` are plain
-        numbers by name. Waits for the save before it, and raises UserError if that one failed. A
-        step that already has a sound checkpoint is not written again.
+        numbers by name, and `texts` are more files. Waits for the save before it, and raises
+        UserError if that one failed. A step that already has a sound checkpoint is not written
+        again.
         """
         self.wait()
         folder = step_folder(self._run, step)
         if self._group.from_first(lambda: verify(folder) is None):
             return
-        texts = {CONFIG: config_text, METRICS: json.dumps({"step": step, **metrics}, indent=1)}
+        figures = json.dumps({"step": step, **metrics}, indent=1)
+        texts = {CONFIG: config_text, METRICS: figures, **texts}
         try:
             self._group.from_first(lambda: _make_anew(folder))
             with jax.profiler.TraceAnnotation("checkpoint: copy to the host"):
@@ -229,15 +240,17 @@ def restore_state(folder: str | Path, abstract_state: Any) -> Any:
     return _restore(Path(folder), abstract_state, "")
 
 
-def restore_params(folder: str | Path, abstract_params: Any, key: str = "params") -> Any:
+def restore_params(
+    folder: str | Path, abstract_params: Any, key: str = "params", spare: tuple[str, ...] = ()
+) -> Any:
     """Like `restore_state`, for the part of the state under `key` ("params", "ema") alone.
 
-    Nothing else is read.
+    Nothing else is read. The checkpoint may have more, under the names in `spare`.
     """
-    return _restore(Path(folder), abstract_params, key)
+    return _restore(Path(folder), abstract_params, key, spare)
 
 
-def _restore(folder: Path, abstract: Any, key: str) -> Any:
+def _restore(folder: Path, abstract: Any, key: str, spare: tuple[str, ...] = ()) -> Any:
     path = folder.absolute() / STATE
     if not path.is_dir():
         raise UserError(
@@ -246,7 +259,9 @@ def _restore(folder: Path, abstract: Any, key: str) -> Any:
     wanted = _by_name(jax.tree.map(_placed, abstract), key)
     with ocp.Checkpointer(_handler()) as reader:
         stored = reader.metadata(path).item_metadata.tree
-        _check_same(folder, wanted, {name: stored[name] for name in stored if _is_under(name, key)})
+        stored = {name: stored[name] for name in stored if _is_under(name, key)}
+        left = {n for n in stored for part in spare if _is_under(n, f"{key}/{part}")} - {*wanted}
+        _check_same(folder, wanted, {name: stored[name] for name in stored if name not in left})
         if not wanted:
             return abstract  # Orbax refuses to restore nothing
         arrays = reader.restore(

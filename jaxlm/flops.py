@@ -17,12 +17,13 @@ PEAK_FLOPS = {
 }
 
 
-def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def training_flops_per_token(config: ModelConfig, seq_len: int, frozen: bool = False) -> float:
     """FLOPs of forward and backward per token, as PaLM counts them (Chowdhery et al., 2022).
 
     Six for every weight of a matrix product (the head's, never the embedding lookup's) and
     attention in full, without the causal half taken off. An encoder-decoder's are those per token
-    of a target whose source is as long.
+    of a target whose source is as long. Four for every weight where those are `frozen`: they get no
+    gradient, and adapters beside them are too few to count.
     """
     c = config
     heads = c.d_model * c.head_size * (2 * c.num_heads + 2 * c.kv_heads)
@@ -40,7 +41,8 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     head = c.d_model * (c.vocab_size if c.labels is None else len(c.labels))
     if c.pooler and c.labels is not None:
         head += c.d_model**2
-    return 6.0 * (layers + head) + 12 * attentions * c.num_heads * c.head_size * seq_len
+    weights = (4.0 if frozen else 6.0) * (layers + head)
+    return weights + 12 * attentions * c.num_heads * c.head_size * seq_len
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:

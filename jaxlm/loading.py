@@ -1,13 +1,17 @@
 """What model a folder holds: a run, one of its steps, or a folder of Hugging Face transformers."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlm.checkpoint import CONFIG, METRICS, restore_params
+from jaxlm.base import read_base
+from jaxlm.checkpoint import CONFIG, METRICS, complete_steps, restore_params, step_folder
 from jaxlm.cli import read_config
 from jaxlm.config import Config
 from jaxlm.errors import UserError
@@ -19,9 +23,12 @@ from jaxlm.export.huggingface import (
     read_tokenizer,
 )
 from jaxlm.mesh import make_mesh
+from jaxlm.model_config import ModelConfig
+from jaxlm.models import lora
 from jaxlm.models.build import make_model
+from jaxlm.models.head import HEADS, LABEL_HEAD
 from jaxlm.run_folder import find_step
-from jaxlm.sharding import make_layout, split_boxes
+from jaxlm.sharding import Layout, make_layout, path_name, split_boxes
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
 # Rows of what is fine-tuned are not as long as a model's context unless the user says so.
@@ -52,20 +59,116 @@ def read_description(folder: Path) -> tuple[Config, Tokenizer, list[int]]:
     return Config(model=model), tokenizer, tokenizer.prefix
 
 
-def load_params(path: str | Path, model, mesh: Mesh, average: bool = True):
+def load_params(
+    path: str | Path, model, mesh: Mesh, average: bool = True, average_last: int | None = None
+):
     """The parameters of a model's folder for `model`, stacked, as they are stored on `mesh`.
 
-    Of a run that kept an average of its parameters that is taken, unless `average` is false. A
-    folder whose parameters have other names or shapes is a UserError.
+    Of a run that kept an average of its parameters that is taken, unless `average` is false. With
+    `average_last`, the mean over that many checkpoints of a run, the last of them `path`'s, of the
+    parameters themselves (Vaswani et al., 2017), in float32 and one at a time. Adapters are merged
+    into the model they belong to. A folder whose parameters have other names or shapes is a
+    UserError, and so are too few checkpoints.
     """
     folder = find_model(path)
+    layout = _layout(model, mesh)
+    if average_last is None:
+        return layout.to_stored(_read(folder, model.config, layout.exact, average))
+    mean = None
+    for count, step in enumerate(_last_steps(folder, average_last), 1):
+        params = _read(find_step(step), model.config, layout.exact, average=False)
+        mean = params if mean is None else _closer(mean, params, jnp.float32(count))
+    return layout.to_stored(mean)
+
+
+def start_params(
+    path: str | Path, model, mesh: Mesh, seed: int, say: Callable[[str], None] = lambda line: None
+):
+    """Like `load_params`, to train on: a classifier of labels that the folder's model does not
+    have is drawn from the seed, as in a fresh model, and the head in its place there is left out.
+
+    `say` gets a line on what is loaded and what is new.
+    """
+    folder = find_model(path)
+    own, _, _ = read_description(folder)
+    layout = _layout(model, mesh)
+    labels = model.config.labels
+    new = LABEL_HEAD if labels is not None and labels != own.model.labels else None
+    known = {name: part for name, part in layout.exact.items() if name != new}
+    params = _read(folder, model.config, known)
+    added = ""
+    if new is not None:
+        shardings = jax.tree.map(lambda s: s.sharding, {new: layout.exact[new]})
+        key = jax.random.key(seed)
+        draw = jax.jit(lambda: {new: split_boxes(model.init(key))[0][new]}, out_shardings=shardings)
+        params |= draw()
+        shapes = jax.tree_util.tree_leaves_with_path({new: layout.exact[new]})
+        added = "; new: " + ", ".join(f"{path_name(path)} {leaf.shape}" for path, leaf in shapes)
+    count = sum(leaf.size for leaf in jax.tree.leaves(known))
+    say(f"init_from: {count:,} parameters from {folder}{added}")
+    return layout.to_stored(params)
+
+
+def _layout(model, mesh: Mesh) -> Layout:
     boxed = jax.eval_shape(model.init, jax.random.key(0))
-    order = model.schedule.order(model.config.num_layers)
-    layout = make_layout(*split_boxes(boxed), mesh, order)
+    return make_layout(*split_boxes(boxed), mesh, model.schedule.order(model.config.num_layers))
+
+
+def _read(folder: Path, config: ModelConfig, targets: dict, average: bool = True) -> dict:
+    """The parameters that `targets` names, in logical shapes, laid out as it says.
+
+    A head that a classifier does not name may be there.
+    """
     if is_model_folder(folder):
-        return layout.to_stored(read_params(folder, model.config, layout.exact))
-    averaged = average and read_config(folder / CONFIG).optim.ema_decay is not None
-    return layout.to_stored(restore_params(folder, layout.exact, "ema" if averaged else "params"))
+        own = read_model_config(folder)
+        kept = {"labels": own.labels, "pooling": own.pooling, "pooler": own.pooler}
+        return read_params(folder, dataclasses.replace(config, **kept), targets)
+    run = read_config(folder / CONFIG)
+    key = "ema" if average and run.optim.ema_decay is not None else "params"
+    spare = HEADS if config.labels is not None else ()
+    if run.lora is None:
+        return restore_params(folder, targets, key, spare)
+    return _read_merged(folder, run, targets, key, spare)
+
+
+def _read_merged(folder: Path, run: Config, targets: dict, key: str, spare: tuple[str, ...]):
+    """Like `_read`, of a checkpoint of adapters."""
+    seed = jax.random.key(0)
+    boxed = jax.eval_shape(make_model(run.model).init, seed)
+    draw = functools.partial(lora.init_adapters, run.lora, boxed, seed)
+    mesh = jax.tree.leaves(targets)[0].sharding.mesh
+    adapters = make_layout(*split_boxes(jax.eval_shape(draw)), mesh).exact
+    trained, frozen = lora.divide(run, targets)
+    trained = restore_params(folder, lora.joined(trained, adapters), key, spare)
+    frozen = _read(Path(read_base(folder).folder), run.model, frozen)
+    shardings = jax.tree.map(lambda s: s.sharding, targets)
+    return jax.jit(
+        functools.partial(lora.merge, run.lora), out_shardings=shardings, donate_argnums=0
+    )(frozen, trained)
+
+
+def _last_steps(folder: Path, count: int) -> list[Path]:
+    """The step folders of a run, the newest `count` of those up to `folder`."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UserError(f"average_last={count!r} is wrong: it should be a whole number above 0")
+    if is_model_folder(folder):
+        raise UserError(f"{folder} is a model without steps: leave out average_last={count}")
+    run = folder.absolute().parent.parent
+    steps = [step_folder(run, step) for step in complete_steps(run)]
+    steps = [step for step in steps if step.name <= folder.name]
+    if len(steps) < count:
+        raise UserError(
+            f"average_last={count} is more than the {len(steps)} complete checkpoints that {run} "
+            f"has up to {folder.name}: use {len(steps)} or less, or train with checkpoint.keep="
+            f"{count}"
+        )
+    return steps[-count:]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _closer(mean, params, count):
+    """The mean of `count` trees from that of all before the last, and the last."""
+    return jax.tree.map(lambda m, x: m + (x - m) / count, mean, params)
 
 
 def starting_point(path: str) -> dict:
@@ -82,16 +185,18 @@ def starting_point(path: str) -> dict:
     }
 
 
-def read_model(folder: Path, average: bool = True) -> Model:
-    """The model in a folder of `find_model`, on one device, for export."""
+def read_model(folder: Path, average: bool = True, average_last: int | None = None) -> Model:
+    """The model in a folder of `find_model`, on one device, for export; see `load_params`."""
     config, tokenizer, prefix = read_description(folder)
     model = dataclasses.replace(
         config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size
     )
-    params = load_params(folder, make_model(model), make_mesh("dp1"), average)
+    params = load_params(folder, make_model(model), make_mesh("dp1"), average, average_last)
     name, facts = folder.resolve().name, {"source": folder.name}
     if not is_model_folder(folder):
         name = folder.resolve().parent.parent.name
         figures = json.loads((folder / METRICS).read_text(encoding="utf-8"))
         facts = {key: figures[key] for key in FACTS if key in figures}
+        if average_last is not None:  # which no validation has seen
+            facts = {"step": figures["step"], "average_last": average_last}
     return Model(name, model, params, tokenizer, prefix, facts)

@@ -19,7 +19,7 @@ def write_manifest(folder: Path) -> None:
     files = [path for path in entries if path.is_file()]
     with ThreadPoolExecutor() as pool:
         list(pool.map(_sync, [*entries, folder, folder.parent]))
-        digests = list(pool.map(_sha256, files))
+        digests = list(pool.map(sha256, files))
     manifest = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": digest}
         for path, digest in zip(files, digests, strict=True)
@@ -54,14 +54,15 @@ def _file_problem(folder: Path, expected: tuple[str, tuple[int, str]]) -> str | 
     try:
         if (found := (folder / name).stat().st_size) != size:
             return f"{name} has {found} bytes instead of {size}"
-        return None if _sha256(folder / name) == digest else f"bytes changed in {name}"
+        return None if sha256(folder / name) == digest else f"bytes changed in {name}"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -13,7 +13,7 @@ from jaxlm.texts import generate
 def main(argv: list[str]) -> None:
     """Stream one continuation of the prompt, of standard input, or of each line typed."""
     arguments = vars(_parser().parse_args(argv))
-    model = load(arguments.pop("run"), arguments.pop("mesh"), arguments.pop("dtype"))
+    model = load(*(arguments.pop(name) for name in ("run", "mesh", "dtype", "average_last")))
     prompt = arguments.pop("prompt")
     if prompt is not None:
         _continue(model, _standard_input() if prompt == "-" else prompt, arguments)
@@ -72,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
     parser.add_argument("--mesh", help="devices by axis, such as tp2; left out: one device")
     parser.add_argument("--dtype", help="float32 or bfloat16; left out: as trained")
+    parser.add_argument(
+        "--average_last",
+        type=int,
+        metavar="N",
+        help="take the mean of the parameters in the run's last N checkpoints",
+    )
     return parser
 
 

@@ -12,8 +12,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxlm.config import Config
 from jaxlm.losses import LossSums
 from jaxlm.mesh import batch_shards
+from jaxlm.models import lora
 from jaxlm.models.build import make_model
-from jaxlm.nn import lora, moe
+from jaxlm.nn import moe
 from jaxlm.nn.layers import Dropout
 from jaxlm.parallel.pipeline import make_schedule
 from jaxlm.parallel.ring import ring_order

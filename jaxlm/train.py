@@ -1,6 +1,7 @@
 """`python -m jaxlm.train`: train a language model, continuing the run that is there."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax
 
 from jaxlm import processes, profiling
+from jaxlm.base import BASE, Base, find_base, read_base
 from jaxlm.checkpoint import Checkpoints, latest_sound, restore_state, step_folder
 from jaxlm.cli import EXIT_PREEMPTED, dump_config, flatten, parse_config, run_command
 from jaxlm.config import Config
@@ -20,8 +22,9 @@ from jaxlm.errors import UserError
 from jaxlm.flops import peak_flops, training_flops_per_token
 from jaxlm.inputs import Inputs
 from jaxlm.liveness import Stall
-from jaxlm.loading import load_params, starting_point
+from jaxlm.loading import find_model, start_params, starting_point
 from jaxlm.mesh import batch_shards, enable_compilation_cache, make_mesh
+from jaxlm.models import lora
 from jaxlm.monitor import Display, Meter, MetricsLog, NoLog
 from jaxlm.optim import learning_rate, make_optimizer
 from jaxlm.processes import Group, find_launch, hush_gloo, joined
@@ -98,15 +101,17 @@ class Trainer:
         )
         if self.model.schedule.stages > 1:
             say(self.model.schedule.describe(self._hidden_bytes(mesh)))
-        replicated = [p for p in self.program.layout.replicated if p.startswith("params/")]
+        parts = self.program.layout.replicated
+        replicated = [p for p in parts if p.startswith(("params/", "frozen/"))]
         if replicated:
-            names = ", ".join(p.removeprefix("params/") for p in replicated[:3])
+            names = ", ".join(p.partition("/")[2] for p in replicated[:3])
             more = f" and {len(replicated) - 3} more" if len(replicated) > 3 else ""
             say(f"fsdp divides no dimension of {names}{more}: every device holds all of them")
         self.inputs = Inputs(config, self.program, prepared)
         validation = VALIDATIONS[config.task]
         self.validation = validation(config, self.program, prepared, self.inputs, group)
-        self.state = self._restore(say) or self._fresh()
+        self.base: Base | None = None
+        self.state = self._restore(say) or self._fresh(say)
         self.step = int(self.state.step)
         self.stop = group.stop
         self.profile = Profile(self.run_folder / "profile", self._profiled(profiled))
@@ -185,12 +190,17 @@ class Trainer:
             self.display.line(line)
 
     def _announce(self) -> None:
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.program.layout.logical.params))
+        logical = self.program.layout.logical
+        trained, frozen = (
+            sum(leaf.size for leaf in jax.tree.leaves(tree))
+            for tree in (logical.params, logical.frozen)
+        )
+        count = f"{trained:,} of {trained + frozen:,}" if frozen else f"{trained:,}"
         tokens = sum(file.num_tokens for file in self.prepared.train)
         verb = f"continuing at step {self.step}" if self.step else "training"
         group = f" in {self.group.count} processes" if self.group.count > 1 else ""
         self.display.line(
-            f"{verb}: {count:,} parameters on {tokens:,} tokens of text{group}, run folder "
+            f"{verb}: {count} parameters on {tokens:,} tokens of text{group}, run folder "
             f"{self.run_folder}"
         )
 
@@ -217,15 +227,14 @@ class Trainer:
 
     def _meter(self) -> Meter:
         config, mesh = self.config, self.program.mesh
-        length = config.seq_len
+        length, frozen = config.seq_len, config.lora is not None
+        per_token = training_flops_per_token(config.model, length, frozen)
         peak = peak_flops(mesh.devices.flat[0].device_kind, self.model.dtype.name)
         return Meter(
             self.log,
             self.display,
             tokens_per_step=self._tokens_per_step,
-            flops_per_step=config.train.batch_size
-            * length
-            * training_flops_per_token(config.model, length),
+            flops_per_step=config.train.batch_size * length * per_token,
             peak=None if peak is None else peak * mesh.size,
             max_nonfinite=config.train.max_nonfinite,
         )
@@ -251,14 +260,26 @@ class Trainer:
                 f"{self.run_folder} is at step {step}, past train.steps={self.config.train.steps}: "
                 f"set train.steps to {step} or more"
             )
-        layout = self.program.layout
-        return layout.to_stored(restore_state(step_folder(self.run_folder, step), layout.exact))
+        saved, folder = self.program.saved, step_folder(self.run_folder, step)
+        state = saved.to_stored(restore_state(folder, saved.exact))
+        if self.config.lora is None:
+            return state
+        self.base = Base(*self.group.from_first(lambda: read_base(folder), math.inf))
+        _, frozen = lora.divide(self.config, self._start_params(Path(self.base.folder)))
+        return dataclasses.replace(state, frozen=frozen)
 
-    def _fresh(self) -> TrainState:
+    def _fresh(self, say: Callable[[str], None]) -> TrainState:
         source = self.config.init_from
         if source is None:
             return self.program.init()
-        return self.program.init_from(load_params(source, self.model, self.program.mesh))
+        # The newest step of a run that goes on is another a moment later.
+        folder = Path(self.group.from_first(lambda: find_model(source), math.inf))
+        if self.config.lora is not None:
+            self.base = Base(*self.group.from_first(lambda: find_base(folder), math.inf))
+        return self.program.init_from(self._start_params(folder, say))
+
+    def _start_params(self, folder: Path, say: Callable[[str], None] = lambda line: None):
+        return start_params(folder, self.model, self.program.mesh, self.config.seed, say)
 
     def _profiled(self, steps: range) -> range:
         """The steps to trace here. Raises UserError where the run has none of them to come."""
@@ -285,9 +306,11 @@ class Trainer:
         """A checkpoint of this step. The metrics up to it are on the disk before it is."""
         self.meter.flush()
         self.log.sync()
+        saved = self.program.saved.to_exact(dataclasses.replace(self.state, frozen=None))
+        folder = step_folder(self.run_folder, self.step)
         self.checkpoints.save(
             self.step,
-            self.program.layout.to_exact(self.state),
+            saved,
             config_text=dump_config(self.config),
             tokenizer=self.prepared.tokenizer,
             metrics={
@@ -295,6 +318,7 @@ class Trainer:
                 "tokens": self.step * self._tokens_per_step,
                 **(valid or {}),
             },
+            texts={} if self.base is None else {BASE: self.base.describe(folder)},
         )
         self.last_save = time.monotonic()
         self.meter.restart_clock()

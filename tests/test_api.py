@@ -4,11 +4,16 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm import sample
 from jaxlm.data.loader import Rows
+from jaxlm.loading import load_params, read_model
+from jaxlm.mesh import make_mesh
+from jaxlm.models.build import make_model
 from jaxlm.monitor import read_metrics
 
 
@@ -96,6 +101,50 @@ def test_bfloat16_is_close(model, trained_run):
 def test_a_step_folder_is_loaded_as_it_is(trained_run):
     first = jaxlm.load(trained_run / "checkpoints" / "step_00000030")
     assert (first.step, jaxlm.load(trained_run).step) == (30, 60)
+
+
+def test_the_last_checkpoints_are_averaged(model, trained_run, tmp_path, capsys):
+    config = make_model(model.config.model)
+    mesh, last = make_mesh("dp1"), trained_run / "checkpoints" / "step_00000060"
+    first, second = (
+        load_params(last.with_name(f"step_000000{step}"), config, mesh) for step in (30, 60)
+    )
+    mean = load_params(trained_run, config, mesh, average_last=2)
+    jax.tree.map(
+        lambda m, a, b: np.testing.assert_allclose(m, (a + b) / 2, rtol=1e-6, atol=1e-8),
+        mean,
+        first,
+        second,
+    )
+    averaged = jaxlm.load(trained_run, average_last=2)
+    assert jaxlm.score(averaged, "abc").logprob != jaxlm.score(model, "abc").logprob
+    jaxlm.export_checkpoint(averaged, out=tmp_path / "out", skip_verification=True)
+    jax.tree.map(np.testing.assert_array_equal, read_model(tmp_path / "out").params, mean)
+    command = [str(trained_run), "--prompt=ab", "--max_new_tokens=8", "--temperature=0"]
+    sample.main([*command, "--average_last=2"])
+    said = capsys.readouterr().out
+    assert said == f"ab{jaxlm.generate(averaged, 'ab', max_new_tokens=8, temperature=0)}\n"
+
+
+def test_checkpoints_that_cannot_be_averaged_are_one_sentence(trained_run, tmp_path):
+    run, foreign = tmp_path / "run", tmp_path / "foreign"
+    shutil.copytree(trained_run, run)
+    early = run / "checkpoints" / "step_00000030"
+    with pytest.raises(jaxlm.UserError, match="more than the 2 complete checkpoints"):
+        jaxlm.load(run, average_last=3)
+    with pytest.raises(jaxlm.UserError, match="up to step_00000030: use 1 or less"):
+        jaxlm.load(early, average_last=2)
+    for wrong in (0, 1.5):
+        with pytest.raises(jaxlm.UserError, match="whole number above 0"):
+            jaxlm.load(run, average_last=wrong)
+    file = max((early / "state").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert jaxlm.load(run).step == 60
+    with pytest.raises(jaxlm.UserError, match="step_00000030 is damaged"):
+        jaxlm.load(run, average_last=2)
+    jaxlm.export_checkpoint(run, out=foreign, skip_verification=True)
+    with pytest.raises(jaxlm.UserError, match="without steps: leave out average_last"):
+        jaxlm.load(foreign, average_last=2)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,17 @@ FLOORS = [
     {"tasks", "checkpoint"},
     {"step", "decode", "beam", "sampling"},
     {"export"},
-    {"api", "texts", "continuing", "loading", "run_folder", "inputs", "validation", "parity"},
+    {
+        "api",
+        "base",
+        "texts",
+        "continuing",
+        "loading",
+        "run_folder",
+        "inputs",
+        "validation",
+        "parity",
+    },
     {"train", "prepare", "evaluate", "check", "sample", "bench", "export.__main__"},
     {"__init__"},
 ]

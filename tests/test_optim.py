@@ -186,3 +186,19 @@ def test_warmup_is_short_in_a_short_run():
 def test_no_warmup_starts_at_the_peak():
     config = OptimConfig(learning_rate=PEAK, warmup_steps=0)
     assert float(learning_rate(config, STEPS)(0)) == pytest.approx(PEAK)
+
+
+def test_adapters_decay_and_are_adams_under_muon():
+    params = {"layers": {"q": {"lora_a": jnp.ones((2, 6, 3)), "lora_b": jnp.zeros((2, 3, 5))}}}
+    axes = {
+        "layers": {"q": {"lora_a": ("layers", "embed", None), "lora_b": ("layers", None, None)}}
+    }
+    assert all(jax.tree.leaves(decays(params)))
+    config = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": None}
+    updates = []
+    for name in ("muon", "adamw"):
+        optimizer = make_optimizer(OptimConfig(name=name, **config), axes)
+        gradients = jax.tree.map(lambda p: 0.5 + p, params)
+        update, _ = optimizer.update(gradients, optimizer.init(params), params)
+        updates.append(update)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *updates)

@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of a run with optim.ema_decay: the parameters themselves, not their moving average",
     )
     parser.add_argument(
+        "--average_last",
+        type=int,
+        metavar="N",
+        help="of a run: the mean of the parameters in its last N checkpoints, up to --step",
+    )
+    parser.add_argument(
         "--family", help="model type of transformers, where several can express the model"
     )
     parser.add_argument(

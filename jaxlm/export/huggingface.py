@@ -68,13 +68,16 @@ def read_params(folder: Path, config: ModelConfig, targets):
     """The parameters in a folder, as arrays on the devices.
 
     `targets` is a tree of ShapeDtypeStruct, in logical shapes and with shardings: the parameters'
-    types and places. Weights are read from the disk one tensor at a time, each device's part of
-    it alone, and turned and cast there. Raises UserError for a folder that does not hold them.
+    types and places; what it does not name is left out. Weights are read from the disk one tensor
+    at a time, each device's part of it alone, and turned and cast there. Raises UserError for a
+    folder that does not hold them.
     """
     family = family_of(read_settings(folder))
     targets = by_path(targets)
     done: dict[str, jax.Array] = {}
     for part in family.to_ours(read_tensors(folder), config):
+        if part.path not in targets:
+            continue
         target = targets[part.path]
         if not part.index:
             done[part.path] = _turned(_on_devices(part, target), part.order, target)

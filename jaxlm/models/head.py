@@ -7,6 +7,9 @@ from jaxlm.model_config import ModelConfig
 from jaxlm.nn.layers import Dense, gaussian
 from jaxlm.sharding import constrain, with_axes
 
+VOCABULARY_HEAD, LABEL_HEAD = HEADS = "head", "classifier"
+"""Where a model's parameters have its head."""
+
 
 class VocabularyHead(nn.Module):
     """Logits [B, T, V], float32; `kernel` unless embeddings are tied, `bias` where asked for."""
@@ -68,15 +71,15 @@ def init_head(config: ModelConfig, dtype, key, embedding) -> dict:
     """
     x = jnp.zeros((1, 1, config.d_model), dtype)
     if config.labels is not None:
-        return {"classifier": LabelHead(config, dtype).init(key, x)["params"]}
+        return {LABEL_HEAD: LabelHead(config, dtype).init(key, x)["params"]}
     boxed = VocabularyHead(config, dtype).init(key, x, embedding)
-    return {"head": boxed["params"]} if "params" in boxed else {}
+    return {VOCABULARY_HEAD: boxed["params"]} if "params" in boxed else {}
 
 
 def head_logits(config: ModelConfig, dtype, params, hidden_btd):
     """Logits, float32, of hidden states [B, T, D] by whichever head the parameters have."""
     if config.labels is not None:
-        return LabelHead(config, dtype).apply({"params": params["classifier"]}, hidden_btd)
+        return LabelHead(config, dtype).apply({"params": params[LABEL_HEAD]}, hidden_btd)
     return VocabularyHead(config, dtype).apply(
-        {"params": params.get("head", {})}, hidden_btd, params["embed"]["embedding"]
+        {"params": params.get(VOCABULARY_HEAD, {})}, hidden_btd, params["embed"]["embedding"]
     )

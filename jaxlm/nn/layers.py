@@ -26,8 +26,8 @@ class Projection(nn.LogicallyPartitioned):
 class Dense(nn.Module):
     """A linear map over the last `num_in` dimensions of its input; the kernel is [*in, *out].
 
-    Where its parameters have an adapter, `lora_a` [*in, R] and `lora_b` [R, *out] (`nn.lora` makes
-    them), what these two make of the input is added.
+    Where its parameters have an adapter, `lora_a` [*in, R] and `lora_b` [R, *out] (`models.lora`
+    makes them), what these two make of the input is added.
     """
 
     out_shape: tuple[int, ...]

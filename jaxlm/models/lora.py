@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from jaxlm.config import Config, LoraConfig
 from jaxlm.errors import UserError
+from jaxlm.models.head import LABEL_HEAD
 from jaxlm.nn.layers import Projection
 
 A, B = "lora_a", "lora_b"
@@ -83,10 +84,14 @@ def _adapter(config: LoraConfig, kernel: Projection, key) -> dict:
 
 
 def divide(config: Config, params: dict) -> tuple[dict, dict | None]:
-    """A tree like the model's parameters as (what trains, what is frozen)."""
+    """A tree like the model's parameters as (what trains, what is frozen).
+
+    Beside adapters a classifier's head trains, which is new in most runs.
+    """
     if config.lora is None:
         return params, None
-    return {}, params
+    frozen = {name: child for name, child in params.items() if name != LABEL_HEAD}
+    return {name: child for name, child in params.items() if name not in frozen}, frozen
 
 
 def attach(config: LoraConfig | None, frozen, trained):

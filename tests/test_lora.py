@@ -165,7 +165,7 @@ def test_a_mixture_of_experts_keeps_router_and_balance_as_they_are():
     names = leaves(state.params)
     assert names and all(name.startswith("layers/attention/") for name in names)
     before = exact(program, state).frozen
-    state, metrics = program.train_step(state, program.put(random_batch(config)))
+    state, metrics = program.train_step(state, program.put(random_batch(config, 0)))
     assert np.isfinite(metrics["loss"])
     assert_same(exact(program, state).frozen, before)
 
@@ -174,9 +174,9 @@ def test_a_mixture_of_experts_keeps_router_and_balance_as_they_are():
 def test_other_optimisers_take_adapters(name):
     config = adapted_config(optim={"name": name, "weight_decay": 0.1})
     program = make_program(config)
-    state, first = program.train_step(program.init(), program.put(random_batch(config)))
+    state, first = program.train_step(program.init(), program.put(random_batch(config, 0)))
     for _ in range(3):
-        state, metrics = program.train_step(state, program.put(random_batch(config)))
+        state, metrics = program.train_step(state, program.put(random_batch(config, 0)))
     assert float(metrics["loss"]) < float(first["loss"])
 
 

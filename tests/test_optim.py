@@ -194,10 +194,11 @@ def test_adapters_decay_and_are_adams_under_muon():
         "layers": {"q": {"lora_a": ("layers", "embed", None), "lora_b": ("layers", None, None)}}
     }
     assert all(jax.tree.leaves(decays(params)))
-    config = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": None}
+    config = OptimConfig(name="muon", weight_decay=0.1, clip_norm=None)
+    # Optax gives Muon's share of Adam Nesterov momentum too.
+    adam = optax.adamw(1.0, config.beta1, config.beta2, config.eps, weight_decay=0.1, nesterov=True)
     updates = []
-    for name in ("muon", "adamw"):
-        optimizer = make_optimizer(OptimConfig(name=name, **config), axes)
+    for optimizer in (make_optimizer(config, axes), adam):
         gradients = jax.tree.map(lambda p: 0.5 + p, params)
         update, _ = optimizer.update(gradients, optimizer.init(params), params)
         updates.append(update)

@@ -38,7 +38,7 @@ def run(tmp_path):
                 "task": "instruction",
                 "model": {"max_seq_len": 96},
                 "data": data,
-                "tokenizer": {"vocab_size": 320},
+                "tokenizer": {"vocab_size": 300},
             }
         )
         form = make_form(run.config)

@@ -86,14 +86,14 @@ def test_a_batch_has_both_sides(run, tmp_path):
     stacked = {name: np.stack([rows[0][name], rows[1][name]]) for name in rows[0]}
     batch = batch_maker(run.config, prepared)(stacked)
     assert isinstance(batch.source, Source)
-    assert batch.source.tokens.shape == batch.source.places.segment_ids.shape == (2, 40)
+    assert batch.source.tokens.shape == batch.source.places.segments.shape == (2, 40)
     assert batch.tokens.shape == batch.weights.shape == (2, 48)
     inside = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
     inside &= batch.segment_ids[:, 1:] > 0
     np.testing.assert_array_equal(batch.targets[:, :-1][inside], batch.tokens[:, 1:][inside])
     np.testing.assert_array_equal(batch.weights > 0, batch.segment_ids > 0)
     assert batch.segment_ids.max() > 1, "nothing was packed"
-    np.testing.assert_array_equal(batch.source.places.segment_ids.max(1), batch.segment_ids.max(1))
+    np.testing.assert_array_equal(batch.source.places.segments.max(1), batch.segment_ids.max(1))
 
 
 def test_a_source_is_on_one_side_for_every_language(run, tmp_path):
@@ -134,11 +134,15 @@ def test_languages_from_a_column(run, tmp_path):
     kept, held_out = sides(prepared)
     expected = [(row["source"], row["target"], f">>{row['lang']}<<") for row in rows]
     assert sorted(kept + held_out) == sorted(expected)
+
+    def tagged(language):
+        return write(tmp_path / "b.tsv", [(*pair, language) for pair in pairs(60)])
+
     other = write(tmp_path / "v.tsv", [("a", "b", "it")])
     with pytest.raises(UserError, match=r"v\.tsv, line 1: 'it' is not a target language .*'de'"):
-        run(write(tmp_path / "b.tsv", [("a", "b", "de")]), valid=other, language_column="3")
+        run(tagged("de"), valid=other, language_column="3")
     with pytest.raises(UserError, match="line 1: 'two words' cannot be a language"):
-        run(write(tmp_path / "c.tsv", [("a", "b", "two words")]), language_column="3")
+        run(tagged("two words"), language_column="3")
 
 
 def test_languages_that_do_not_fit_their_sources(run, tmp_path):
@@ -160,10 +164,11 @@ def test_pairs_that_are_too_long_or_bad_are_counted_and_said(run, tmp_path):
     prepared = run(write(tmp_path / "a.tsv", rows), valid=write(tmp_path / "v.tsv", rows[:3]))
     (train,) = prepared.train
     assert (len(train), train.num_dropped, train.num_skipped) == (40, 2, 1)
-    assert ", 2 left out as longer than 32 tokens (source) or 32 tokens (tokens)" in run.lines[1]
+    assert ", 2 left out as longer than 32 tokens (source) or 32 tokens (target)" in run.lines[1]
     assert ", 1 record skipped as empty, null or invalid UTF-8" in run.lines[1]
-    with pytest.raises(UserError, match=r"in data\.train has no record .*\(3 too long\): give it"):
-        run(write(tmp_path / "b.tsv", rows[-3:-1] * 2 + rows[-3:-2]), valid=str(tmp_path / "v.tsv"))
+    long = [(source, target * 60) for source, target in pairs(60, length=30)]
+    with pytest.raises(UserError, match=r"in data\.train has no record .*\(60 too long\): give it"):
+        run(write(tmp_path / "b.tsv", long), valid=str(tmp_path / "v.tsv"))
 
 
 def test_the_cache_is_used_until_something_changes(run, tmp_path):

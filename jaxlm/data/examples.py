@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,6 +24,7 @@ EXAMPLE_FORMAT = 1
 # Examples that are placed together, the largest first, and rows that wait for the next of them.
 BLOCK = 1024
 OPEN_ROWS = 64
+SCATTER = 2654435761  # 2**32 over the golden ratio
 
 
 @dataclass(frozen=True)
@@ -195,19 +196,21 @@ class ExampleWriter:
             self._write(row)
 
     def _write(self, row: list[int]) -> None:
-        for number in row:
-            arrays = self._waiting.pop(number)
-            for name, dtype in self._dtypes.items():
-                content = np.asarray(arrays[name], dtype).tobytes()
-                self._values[name].write(content)
-                self._digest.update(content)
-                self._sizes[name] += len(arrays[name])
-                self._offsets[name].write(OFFSET.type(self._sizes[name]).tobytes())
+        examples = [self._waiting.pop(number) for number in row]
         self.num_examples += len(row)
         self.num_rows += 1
-        end = OFFSET.type(self.num_examples).tobytes()
-        self._rows.write(end)
-        self._digest.update(end)
+        self._append(self._rows, np.array([self.num_examples], OFFSET))
+        for name, dtype in self._dtypes.items():
+            values = [np.asarray(arrays[name], dtype) for arrays in examples]
+            ends = self._sizes[name] + np.cumsum([len(array) for array in values])
+            self._sizes[name] = int(ends[-1])
+            self._append(self._values[name], np.concatenate(values))
+            self._append(self._offsets[name], ends.astype(OFFSET))
+
+    def _append(self, file: BinaryIO, values: np.ndarray) -> None:
+        content = values.tobytes()
+        file.write(content)
+        self._digest.update(content)
 
     def finish(self, **facts: Any) -> None:
         """Complete the file, with `facts` (`num_skipped` among them) in its manifest."""
@@ -236,11 +239,11 @@ class ExampleWriter:
         for file in self._files():
             file.close()
 
-    def _files(self) -> list:
+    def _files(self) -> list[BinaryIO]:
         return [*self._values.values(), *self._offsets.values(), self._rows]
 
 
-def _create(path: Path):
+def _create(path: Path) -> BinaryIO:
     return path.open("wb", buffering=1 << 16)
 
 
@@ -291,5 +294,5 @@ class Packer:
         kept = sorted(by_room[:open_rows].tolist())
         done = [self._rows[r] for r in by_room[open_rows:]]
         self._rows, self._room = [self._rows[r] for r in kept], room[kept]
-        # In the order of what was placed first, so that the first rows are like the others.
-        return iter(sorted(done))
+        # Scattered, so that the first rows are like the others.
+        return iter(sorted(done, key=lambda row: row[0] * SCATTER % 2**32))

@@ -239,16 +239,21 @@ class Examples(Form):
         if len(held_out):
             parts.append(f"{len(held_out):,} held out")
         if dropped := sum(file.num_dropped for file in files):
-            lengths = " or ".join(f"{n} tokens ({side})" for side, n in self.lengths.items())
+            lengths = " or ".join(f"{n} tokens ({side})" for side, n in self._by_side(self.lengths))
             parts.append(f"{dropped:,} left out as longer than {lengths}")
         if cut := sum(file.num_cut for file in files):
             parts.append(f"{cut:,} cut to {self.seq_len} tokens")
         if kept.num_skipped:
             skipped = counted(kept.num_skipped, "record")
             parts.append(f"{skipped} skipped as {self.bad}")
-        padding = (f"{share:.1%} ({side})" for side, share in kept.padding.items())
+        padding = (f"{share:.1%} ({side})" for side, share in self._by_side(kept.padding))
         parts.append(f"{counted(len(kept.rows) - 1, 'row')}, padding {', '.join(padding)}")
         return ", ".join(parts)
+
+    def _by_side(self, values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """Values with the names of their sides."""
+        names = {"tokens": "target" if "source" in values else "text"}
+        return [(names.get(side, side), value) for side, value in values.items()]
 
 
 def counted(count: int, noun: str) -> str:

@@ -161,7 +161,7 @@ def _languages(data, side: str) -> Sequence[str | None]:
     if side == "valid" and data.valid_languages:
         setting, languages = "data.valid_languages", data.valid_languages
     sources = getattr(data, side)
-    if len(languages) < 2:
+    if len(languages) < 2 or not sources:
         return [*(languages or [None])] * len(sources)
     if len(languages) != len(sources):
         raise UserError(

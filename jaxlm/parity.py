@@ -31,7 +31,7 @@ TOLERANCE = 1e-5
 LATER_TOLERANCE = 1e-4
 
 
-def random_batch(config: Config, seed: int) -> Batch:
+def random_batch(config: Config, seed: int = 0) -> Batch:
     """Rows packed with texts of random lengths, some with padding behind the last.
 
     Of a translation, rows of sources go with them, a text for each; of a classification, labels

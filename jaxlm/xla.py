@@ -23,13 +23,20 @@ NVIDIA_OVERLAP = {
 # ever, unless instructions keep the order they have.
 # `compiler_options` does not reach this one.
 CPU_IN_ORDER = "xla_cpu_enable_concurrency_optimized_scheduler"
+# Nor is the end of a loop waited for by a collective that needs nothing of it, such as one for the
+# decoder's parameters behind the encoder's loop. A device then waits in two threads at once: there
+# have to be more than the one for each core that XLA would have.
+CPU_THREADS, ENOUGH_THREADS = "PJRT_NPROC", 64
 
 
 def keep_order_on_cpu() -> None:
-    """Make several CPU devices take collectives in one order, if JAX has not started yet."""
+    """Make several CPU devices take collectives in one order, if JAX has not started yet, and let
+    them wait for several at once.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     if CPU_IN_ORDER not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{CPU_IN_ORDER}=false".strip()
+    os.environ.setdefault(CPU_THREADS, str(ENOUGH_THREADS))
 
 
 def compiler_options(overlap: bool) -> dict[str, bool] | None:

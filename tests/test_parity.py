@@ -28,9 +28,16 @@ MORE_EXPERTS = [
     "cp2,ep2,fsdp2 experts",
 ]
 MORE_EXPERTS += ["pp2,ep2,dp2 experts muon", "pp2,ep2 capacity", "ep2,dp2 experts accumulation"]
-# Two stacks, relative positions; an encoder's classifier. tp3 does not divide rows of 24 evenly.
-OTHERS = ["dp2,fsdp2,tp2 t5", "dp2,fsdp2,tp2 bert"]
-MORE_OTHERS = ["dp8 t5", "fsdp8 t5", "tp3 t5", "dp2,tp2 t5 accumulation", "dp2,fsdp2,tp2 marian"]
+# Two stacks, relative positions; an encoder's classifier.
+OTHERS = ["dp2,fsdp2,tp2 bert"]
+MORE_OTHERS = [
+    "dp2,fsdp2,tp2 t5",
+    "dp8 t5",
+    "fsdp8 t5",
+    "tp3 t5",
+    "dp2,tp2 t5 accumulation",
+    "dp2,fsdp2,tp2 marian",
+]
 MORE_OTHERS += ["dp8 bert", "fsdp8 bert", "tp3 bert", "pp2,cp2,tp2 bert", "dp2,fsdp2,tp2 scores"]
 MESHES = DENSE + EXPERTS + OTHERS
 MORE = MORE_DENSE + MORE_EXPERTS + MORE_OTHERS

@@ -7,16 +7,16 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from jaxlm.config import Config
-from jaxlm.decode import DecodeProgram, build_decode_program
+from jaxlm.decode import DecodeProgram
+from jaxlm.decode_ngram import NgramProgram
 from jaxlm.errors import UserError
 from jaxlm.export import family_of
 from jaxlm.export.exporter import check_target, export_model
 from jaxlm.export.huggingface import is_model_folder, read_settings
 from jaxlm.export.safetensors import read_tensors
 from jaxlm.export.verify import TRANSFORMERS, Verification, expected_of, verify
-from jaxlm.loading import find_model, load_params, read_description, read_model
+from jaxlm.loading import find_model, load_program, read_description, read_model
 from jaxlm.mesh import folded_mesh, make_mesh
-from jaxlm.models.build import make_model
 from jaxlm.sharding import check_fits
 from jaxlm.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ class LanguageModel:
 
     config: Config
     tokenizer: Tokenizer
-    program: DecodeProgram
+    program: DecodeProgram | NgramProgram
     params: object
     """In the form `program` takes."""
     prefix: tuple[int, ...]
@@ -69,9 +69,7 @@ def load(
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     mesh = folded_mesh(mesh if isinstance(mesh, Mesh) else make_mesh(mesh or "dp1"))
     check_fits(config, mesh, training=False)
-    model = make_model(config.model)
-    program = build_decode_program(model, mesh)
-    params = program.prepare(load_params(folder, model, mesh, average_last=average_last))
+    program, params = load_program(folder, config, mesh, average_last)
     return LanguageModel(config, tokenizer, program, params, tuple(prefix), folder, average_last)
 
 

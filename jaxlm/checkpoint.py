@@ -1,7 +1,7 @@
 """Checkpoints: one folder per step, complete once its manifest of checksums is written.
 
     RUN/checkpoints/step_00000100/
-        state/           the arrays, by Orbax
+        state/           the arrays, by Orbax (of an N-gram model by NumPy)
         config.yaml      the experiment that made them
         tokenizer files
         metrics.json     step, tokens, valid_loss, ...
@@ -27,6 +27,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlm.errors import UserError
@@ -87,8 +88,7 @@ class Checkpoints:
         folder = step_folder(self._run, step)
         if self._group.from_first(lambda: verify(folder) is None):
             return
-        figures = json.dumps({"step": step, **metrics}, indent=1)
-        texts = {CONFIG: config_text, METRICS: figures, **texts}
+        texts = _texts(step, config_text, metrics) | texts
         try:
             self._group.from_first(lambda: _make_anew(folder))
             with jax.profiler.TraceAnnotation("checkpoint: copy to the host"):
@@ -134,10 +134,7 @@ class Checkpoints:
                 if not self._group.is_first:
                     self._group.get(done)
                     return
-                for name, text in texts.items():
-                    (folder / name).write_text(text, encoding="utf-8")
-                tokenizer.save(folder)
-                write_manifest(folder)
+                _complete(folder, texts, tokenizer)
         except Exception as error:
             raise self._failure(folder, error) from error
         self._prune(_step_of(folder))
@@ -180,6 +177,47 @@ class Checkpoints:
             unfinished = _step_of(folder) is not None and not (folder / MANIFEST).exists()
             if unfinished or folder.name.startswith(_TRASH):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_arrays(
+    run_folder: str | Path,
+    step: int,
+    arrays: dict[str, np.ndarray],
+    *,
+    config_text: str,
+    tokenizer: Any,
+    metrics: dict,
+) -> None:
+    """Write the checkpoint of a model that is no tree of jax.Arrays: each array is a .npy file.
+
+    Returns when it is complete. The other arguments are those of `Checkpoints.save`.
+    """
+    folder = step_folder(run_folder, step)
+    _make_anew(folder)
+    (folder / STATE).mkdir()
+    for name, values in arrays.items():
+        np.save(folder / STATE / f"{name}.npy", values)
+    _complete(folder, _texts(step, config_text, metrics), tokenizer)
+
+
+def restore_arrays(folder: str | Path) -> dict[str, np.ndarray]:
+    """What `save_arrays` wrote into a step folder, memory-mapped."""
+    return {
+        path.stem: np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        for path in (Path(folder) / STATE).glob("*.npy")
+    }
+
+
+def _texts(step: int, config_text: str, metrics: dict) -> dict[str, str]:
+    return {CONFIG: config_text, METRICS: json.dumps({"step": step, **metrics}, indent=1)}
+
+
+def _complete(folder: Path, texts: dict[str, str], tokenizer: Any) -> None:
+    """Write what lies beside the arrays, the manifest last."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    tokenizer.save(folder)
+    write_manifest(folder)
 
 
 def _make_anew(folder: Path) -> None:

@@ -260,6 +260,17 @@ class LogConfig:
     """Print what every thread is doing when no step was finished for so long; null: never."""
 
 
+# What has no meaning for an N-gram model: these fields of a section, or (none named) all but those
+# of the sample.
+NGRAM_UNREAD = {
+    "data": ("weights", "seq_len", "prefetch"),
+    "optim": (),
+    "train": (),
+    "parallel": (),
+    "checkpoint": (),
+    "log": ("every_steps", "stall_minutes"),
+}
+
 # What kinds of model a task can train.
 KINDS = {
     "language_modelling": ("decoder", "rnn", "gru", "lstm", "ngram"),
@@ -311,6 +322,8 @@ class Config:
                 "lora trains adapters of a model that is there: set init_from to a run or a "
                 "Hugging Face folder, or leave lora out"
             )
+        if self.model.kind == "ngram":
+            self._check_ngram()
         if self.seq_len > self.model.max_seq_len:
             raise UserError(
                 f"data.seq_len={self.seq_len} is more than the model handles (model.max_seq_len="
@@ -341,6 +354,24 @@ class Config:
             source_len=translation,
         )
         check_read("train", self.train, class_weights=classification)
+
+    def _check_ngram(self):
+        """N-grams are counted once, each as often as it occurs, by one process on its host."""
+        other = False, "a model.kind other than ngram"
+        if self.init_from is not None:
+            raise UserError(
+                f"init_from={self.init_from} has no effect with model.kind=ngram, which is counted "
+                "afresh: leave it out"
+            )
+        for section, names in NGRAM_UNREAD.items():
+            part = getattr(self, section)
+            names = names or part.__dataclass_fields__.keys() - {"sample_prompt", "sample_tokens"}
+            check_read(section, part, **dict.fromkeys(sorted(names), other))
+        if any(size > 1 for size in parse_mesh(self.mesh).values()):
+            raise UserError(
+                f"mesh={self.mesh} has several devices, but n-grams are counted on the host: leave "
+                "mesh out"
+            )
 
     @property
     def seq_len(self) -> int:

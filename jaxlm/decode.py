@@ -16,7 +16,7 @@ from jaxlm.models.stack import unstack
 from jaxlm.nn.attention import Places, Source
 from jaxlm.parallel.pipeline import Schedule
 from jaxlm.placement import place, to_host
-from jaxlm.sampling import Sampling, choose
+from jaxlm.sampling import Sampling, choose, row_keys
 from jaxlm.sharding import Layout, batch_sharding, make_layout, path_name, split_boxes
 from jaxlm.step import on_mesh
 
@@ -300,12 +300,9 @@ class DecodeProgram:
         key, numbers, eos_id, limit = settings
         logits = self.model.logits(params, hidden[:, -1:])[:, 0]
         positions = state.positions + 1
-
-        def row_key(sample_id, position):
-            return jax.random.fold_in(jax.random.fold_in(key, sample_id), position)
-
-        keys = jax.vmap(row_key)(state.sample_ids, positions)
-        chosen = choose(logits, keys, kind, numbers, state.seen)
+        chosen = choose(
+            logits, row_keys(key, state.sample_ids, positions), kind, numbers, state.seen
+        )
         seen = state.seen
         if seen is not None:
             seen = seen.at[jnp.arange(chosen.shape[0]), chosen].set(True)

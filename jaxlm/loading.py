@@ -11,9 +11,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxlm.base import read_base
-from jaxlm.checkpoint import CONFIG, METRICS, complete_steps, restore_params, step_folder
+from jaxlm.checkpoint import (
+    CONFIG,
+    METRICS,
+    complete_steps,
+    restore_arrays,
+    restore_params,
+    step_folder,
+)
 from jaxlm.cli import read_config
 from jaxlm.config import Config
+from jaxlm.decode import build_decode_program
+from jaxlm.decode_ngram import NgramProgram
 from jaxlm.errors import UserError
 from jaxlm.export.huggingface import (
     Model,
@@ -27,6 +36,7 @@ from jaxlm.model_config import ModelConfig
 from jaxlm.models import lora
 from jaxlm.models.build import make_model
 from jaxlm.models.head import HEADS, LABEL_HEAD
+from jaxlm.models.ngram import Ngram
 from jaxlm.run_folder import find_step
 from jaxlm.sharding import Layout, make_layout, path_name, split_boxes
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
@@ -57,6 +67,23 @@ def read_description(folder: Path) -> tuple[Config, Tokenizer, list[int]]:
     model = read_model_config(folder)
     tokenizer = read_tokenizer(folder, model)
     return Config(model=model), tokenizer, tokenizer.prefix
+
+
+def load_program(folder: Path, config: Config, mesh: Mesh, average_last: int | None = None):
+    """What generates and scores with the model in a folder of `find_model`, and its parameters in
+    the form that this takes."""
+    if config.model.kind == "ngram":
+        if mesh.size > 1 or average_last is not None:
+            raise UserError(
+                f"{folder} holds an N-gram model, which has one checkpoint and no use for several "
+                "devices: leave out mesh and average_last"
+            )
+        return NgramProgram(config.model.max_seq_len), Ngram.from_arrays(
+            restore_arrays(folder), config.model.order, config.model.vocab_size
+        )
+    model = make_model(config.model)
+    program = build_decode_program(model, mesh)
+    return program, program.prepare(load_params(folder, model, mesh, average_last=average_last))
 
 
 def load_params(

@@ -86,6 +86,10 @@ def _norm_name(value):
     return ("none", "head")[value] if isinstance(value, bool) else value
 
 
+# The only fields that have a meaning where nothing is learnt by gradients.
+NGRAM_READS = ("preset", "kind", "vocab_size", "max_seq_len", "order")
+
+
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """The model. One set of fields spans GPT-2, Llama, Qwen and Gemma, BERT, Marian and T5."""
@@ -100,6 +104,8 @@ class ModelConfig:
     """Number of tokens; left out, it is the tokenizer's."""
     max_seq_len: Count = 256
     """The longest text the model handles, and, without data.seq_len, tokens in a training row."""
+    order: Count = 5
+    """ngram: tokens in the longest n-grams, the one predicted included."""
     d_model: Count = 192
     """Width of the residual stream."""
     num_layers: Count = 4
@@ -206,6 +212,9 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
 
     def __post_init__(self):
+        is_neural = self.kind != "ngram", "a model.kind other than ngram"
+        neural = [name for name in self.__dataclass_fields__ if name not in NGRAM_READS]
+        check_read("model", self, **dict.fromkeys(neural, is_neural))
         self._check_heads()
         self._check_attention()
         self._check_kind()
@@ -300,6 +309,7 @@ class ModelConfig:
             logits_bias=logits,
             logit_softcap=logits,
             scale_logits=tied if logits[0] else logits,
+            order=needs("model", self, "kind", "ngram"),
         )
         if self.labels is not None and len({*self.labels}) < max(2, len(self.labels)):
             raise UserError(

@@ -37,6 +37,15 @@ class Sampling:
         }
 
 
+def row_keys(key, sample_ids, positions):
+    """The random keys [B] of rows: functions of the seed's key, the sample and the position."""
+
+    def row_key(sample_id, position):
+        return jax.random.fold_in(jax.random.fold_in(key, sample_id), position)
+
+    return jax.vmap(row_key)(sample_ids, positions)
+
+
 def choose(logits_bv, keys, kind: tuple[bool, bool, bool], numbers: dict, seen_bv=None):
     """The next token [B] from float32 logits; `keys` [B] are the rows' own random keys."""
     greedy, filtered, penalised = kind

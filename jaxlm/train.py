@@ -19,6 +19,7 @@ from jaxlm.cli import EXIT_PREEMPTED, dump_config, flatten, parse_config, run_co
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared, prepare_together
 from jaxlm.errors import UserError
+from jaxlm.fitting import fit_run
 from jaxlm.flops import peak_flops, training_flops_per_token
 from jaxlm.inputs import Inputs
 from jaxlm.liveness import Stall
@@ -61,6 +62,8 @@ def main(argv: list[str]) -> int:
 
 def _train(config: Config, group: Group, profiled: range) -> int:
     say = _say if group.is_first else _say_nothing
+    if config.model.kind == "ngram":
+        return fit_run(config, group, say)
     mesh = make_mesh(config.mesh, say, group.count)
     check_fits(config, mesh)
     enable_compilation_cache()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.data.tokens import TokenFile, TokenWriter, token_dtype
-from jaxlm.models import ngram, ngram_fit
+from jaxlm.models import ngram
 from jaxlm.models.ngram import Ngram
 from jaxlm.models.ngram_fit import FALLBACK, discounts, fit
 
@@ -93,7 +93,9 @@ def texts(tmp_path_factory):
     """Documents and, in two files, what the model is fitted on."""
     documents = random_documents(vocab_size=12, count=120)
     folder = tmp_path_factory.mktemp("ngram")
-    files = [token_file(folder / n, part, 12) for n, part in zip("ab", np_split(documents), strict=True)]
+    files = [
+        token_file(folder / n, part, 12) for n, part in zip("ab", np_split(documents), strict=True)
+    ]
     return documents, files
 
 

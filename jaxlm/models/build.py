@@ -1,5 +1,6 @@
 """Which model a configuration is of."""
 
+from jaxlm.errors import UserError
 from jaxlm.model_config import ModelConfig
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.encoder import Encoder
@@ -12,5 +13,10 @@ def make_model(config: ModelConfig, schedule: Schedule = Schedule()):  # noqa: B
 
     Every kind offers `init`, `hidden`, `logits`, `init_cache` and `stacks`, as `Decoder` does.
     """
+    if config.kind == "ngram":
+        raise UserError(
+            "model.kind=ngram is counts, without parameters: it can be evaluated, sampled from and "
+            "scored with, nothing else"
+        )
     kinds = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
     return kinds[config.kind](config, schedule)

@@ -212,9 +212,6 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
 
     def __post_init__(self):
-        is_neural = self.kind != "ngram", "a model.kind other than ngram"
-        neural = [name for name in self.__dataclass_fields__ if name not in NGRAM_READS]
-        check_read("model", self, **dict.fromkeys(neural, is_neural))
         self._check_heads()
         self._check_attention()
         self._check_kind()
@@ -288,6 +285,9 @@ class ModelConfig:
 
     def _check_kind(self):
         """What only some kinds of model read."""
+        is_neural = self.kind != "ngram", "a model.kind other than ngram"
+        neural = [name for name in self.__dataclass_fields__ if name not in NGRAM_READS]
+        check_read("model", self, **dict.fromkeys(neural, is_neural))
         logits = self.kind != "encoder", "a model.kind with a head over the vocabulary"
         tied = self.tie_embeddings, "model.tie_embeddings=true"
         both = needs("model", self, "kind", "encoder_decoder")

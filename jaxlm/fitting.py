@@ -16,7 +16,7 @@ from jaxlm.models.ngram_fit import fit
 from jaxlm.monitor import MetricsLog
 from jaxlm.processes import Group
 from jaxlm.run_folder import claimed, with_vocabulary
-from jaxlm.tasks.language_modelling import compressed_bits, validation_metrics
+from jaxlm.tasks.language_modelling import compressed_bits, loss_metrics
 from jaxlm.texts import generate
 
 STEP = 1  # the one update there is
@@ -51,7 +51,7 @@ def _fit(config: Config, prepared: Prepared, run: Path, say: Callable[[str], Non
     metrics = {
         "step": STEP,
         "tokens": tokens,
-        **validation_metrics(nats, targets, len(text) / max(targets, 1)),
+        **loss_metrics(nats, targets, len(text)),
     }
     log = MetricsLog(run, 0, config.log.wandb_project, flatten(config))
     log.write(metrics | {"step_seconds": seconds, "tokens_per_second": tokens / seconds})

@@ -5,6 +5,7 @@ A token file is a folder: `tokens.bin` (every document as BOS, ids, EOS, one aft
 written last.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -63,6 +64,15 @@ class TokenFile:
 
     def __len__(self) -> int:
         return self.num_documents
+
+    def first(self, count: int) -> "TokenFile":
+        """The file as if it ended after that many documents; what it says of bytes stays."""
+        part = copy.copy(self)
+        part.num_documents = min(count, self.num_documents)
+        part.offsets = self.offsets[: part.num_documents + 1]
+        part.num_tokens = int(part.offsets[-1])
+        part.tokens = self.tokens[: part.num_tokens]
+        return part
 
     def __repr__(self) -> str:
         return f"TokenFile({str(self.path)!r}, {self.num_tokens} tokens)"

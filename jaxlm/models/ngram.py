@@ -81,12 +81,12 @@ class Ngram:
             logprobs = _log_at(table.probability, found, otherwise=logprobs + left)
         return logprobs
 
-    def nats(self, files: Sequence[TokenFile], limit: int | None = None) -> tuple[float, int]:
+    def nats(self, files: Sequence[TokenFile]) -> tuple[float, int]:
         """Summed -log P of the files' documents, each but for its first token, and how many tokens
-        these are. `limit` is the number of tokens of each file that are read."""
+        these are."""
         total, count = 0.0, 0
         for file in files:
-            for tokens, places, fresh in windows(file, self.order - 1, limit):
+            for tokens, places, fresh in windows(file, self.order - 1):
                 logprobs = self.token_logprobs(tokens, places)[fresh:][places[fresh:] > 0]
                 total -= float(logprobs.sum())
                 count += len(logprobs)
@@ -150,14 +150,11 @@ def find(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(table[at] == wanted, at, -1)
 
 
-def windows(
-    file: TokenFile, overlap: int, limit: int | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def windows(file: TokenFile, overlap: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """A token file in parts: tokens, their places in their documents, and how many of the first
     ones, at most `overlap`, are there as history and were in the part before."""
-    total = file.num_tokens if limit is None else min(limit, file.num_tokens)
-    for start in range(0, total, WINDOW):
-        begin, end = max(start - overlap, 0), min(start + WINDOW, total)
+    for start in range(0, file.num_tokens, WINDOW):
+        begin, end = max(start - overlap, 0), min(start + WINDOW, file.num_tokens)
         index = np.arange(begin, end)
         document = np.searchsorted(file.offsets, index, side="right") - 1
         yield np.asarray(file.tokens[begin:end]), index - file.offsets[document], start - begin

@@ -15,7 +15,7 @@ from jaxlm.models.ngram import Ngram
 from jaxlm.models.ngram_fit import fit
 from jaxlm.monitor import MetricsLog
 from jaxlm.processes import Group
-from jaxlm.run_folder import claimed, with_vocabulary
+from jaxlm.run_folder import claimed, with_found
 from jaxlm.tasks.language_modelling import compressed_bits, loss_metrics
 from jaxlm.texts import generate
 
@@ -29,7 +29,7 @@ def fit_run(config: Config, group: Group, say: Callable[[str], None]) -> int:
             f"model.kind=ngram is counted by one process, but there are {group.count}: start one"
         )
     prepared = prepare(config.data, config.tokenizer, say)
-    config = with_vocabulary(config, prepared.tokenizer)
+    config = with_found(config, prepared)
     run = Path(config.out)
     with claimed(run, config, prepared, group):
         if latest_sound(run, say) is not None:

@@ -15,7 +15,7 @@ from jaxlm.processes import Group
 from jaxlm.step import Program, build_model
 from jaxlm.tasks.labels import confusion_table, label_metrics
 from jaxlm.tasks.language_modelling import compressed_bits, loss_metrics
-from jaxlm.tasks.metrics import translation_scores
+from jaxlm.tasks.metrics import translation_metrics
 from jaxlm.tasks.translation import reference_pairs
 
 GREEDY = Sampling(temperature=0.0)
@@ -145,17 +145,8 @@ class TranslationValidation(Validation):
         if self._config.train.eval_texts == 0:
             return metrics, [line]
         texts = self._translate(params, moved)
-        scores = {}
-        for language in sorted({pair.language for pair in self._pairs}, key=str):
-            chosen = [i for i, pair in enumerate(self._pairs) if pair.language == language]
-            scores[language] = translation_scores(
-                [texts[i] for i in chosen], [self._pairs[i].reference for i in chosen], language
-            )
-        for name in ("bleu", "chrf"):
-            values = {language: getattr(score, name) for language, score in scores.items()}
-            metrics[f"valid_{name}"] = float(np.mean(list(values.values())))
-            if len(values) > 1:
-                metrics |= {f"valid_{name}_{key}": value for key, value in values.items()}
+        scores, _ = translation_metrics(texts, self._pairs)
+        metrics |= scores
         line += (
             f", BLEU {metrics['valid_bleu']:.2f}, chrF {metrics['valid_chrf']:.2f} of "
             f"{len(texts)} texts translated greedily"

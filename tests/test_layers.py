@@ -38,6 +38,8 @@ FLOORS = [
         "texts",
         "continuing",
         "fitting",
+        "evaluation",
+        "lm_eval",
         "loading",
         "run_folder",
         "inputs",

@@ -9,6 +9,7 @@ An example file is a folder: for each field NAME, `NAME.bin` (the values of all 
 the first example of each row, and the number of examples) and `manifest.json`, written last.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,14 @@ class ExampleFile:
 
     def __len__(self) -> int:
         return self.num_examples
+
+    def first(self, count: int) -> "ExampleFile":
+        """The file as if it had only so many examples; what it says of bytes stays."""
+        part = copy.copy(self)
+        part.num_examples = min(count, self.num_examples)
+        full = int(np.searchsorted(self.rows, part.num_examples))
+        part.rows = np.append(self.rows[:full], part.num_examples)
+        return part
 
     def __repr__(self) -> str:
         return f"ExampleFile({str(self.path)!r}, {self.num_examples} examples)"

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from sacrebleu.metrics import BLEU, CHRF
 
+from jaxlm.tasks.translation import ReferencePair
+
 # Languages that are written without spaces are cut into characters, Chinese ones by a rule.
 _TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char", "km": "char", "lo": "char", "my": "char"}
 
@@ -30,3 +32,25 @@ def translation_scores(
     scores = [metric.corpus_score(translations, [references]).score for metric in (bleu, chrf)]
     signature = f"BLEU {bleu.get_signature()}, chrF {chrf.get_signature()}"
     return TranslationScores(*scores, signature)
+
+
+def translation_metrics(
+    translations: Sequence[str], pairs: Sequence[ReferencePair]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """(metrics by name, signatures by language) of the translations of `pairs`.
+
+    Each language is a corpus; where there are several, `valid_bleu` and `valid_chrf` are means.
+    """
+    scores = {}
+    for language in sorted({pair.language for pair in pairs}, key=str):
+        chosen = [i for i, pair in enumerate(pairs) if pair.language == language]
+        scores[language] = translation_scores(
+            [translations[i] for i in chosen], [pairs[i].reference for i in chosen], language
+        )
+    metrics = {}
+    for name in ("bleu", "chrf"):
+        values = {language: getattr(score, name) for language, score in scores.items()}
+        metrics[f"valid_{name}"] = sum(values.values()) / len(values)
+        if len(values) > 1:
+            metrics |= {f"valid_{name}_{key}": value for key, value in values.items()}
+    return metrics, {language or "": score.signature for language, score in scores.items()}

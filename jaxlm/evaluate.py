@@ -1,0 +1,152 @@
+"""`python -m jaxlm.evaluate PATH --data=...`: how good a model is on a task's texts."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from jaxlm.api import load
+from jaxlm.beam import Beams
+from jaxlm.cli import OneSentenceParser, run_command
+from jaxlm.config import KINDS
+from jaxlm.errors import UserError
+from jaxlm.evaluation import Figures, Request, evaluate
+from jaxlm.tasks.confusion import confusion_picture
+from jaxlm.tasks.labels import confusion_table
+from jaxlm.values import as_tuple
+
+COMPRESSORS = {"gzip": "gzip -9", "xz": "xz -9"}
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate a model and print its figures. Raises UserError."""
+    arguments = _parser().parse_args(argv)
+    request = Request(
+        data=_list(arguments.data),
+        languages=_list(arguments.languages),
+        task=arguments.task,
+        baseline=arguments.baseline,
+        limit=arguments.limit,
+        beams=Beams(arguments.beams, arguments.length_penalty),
+    )
+    model = load(arguments.path, arguments.mesh)
+    figures = evaluate(model, request, lambda line: print(line, file=sys.stderr))
+    if arguments.picture is not None:
+        _draw(figures, arguments.picture)
+    if arguments.json:
+        print(json.dumps({"model": str(model.source), **figures}))
+    else:
+        print(report(str(model.source), figures, arguments.baseline))
+
+
+def report(name: str, figures: Figures, baseline: str | None = None) -> str:
+    """The figures of `evaluate` as tables, for people."""
+    return {
+        "language_modelling": _losses,
+        "instruction": _losses,
+        "translation": _translations,
+        "classification": _labels,
+    }[figures["task"]](name, figures, baseline)
+
+
+def _losses(name: str, figures: Figures, baseline: str | None) -> str:
+    columns = ("loss", "perplexity", "bits_per_byte")
+    rows = [["", "nats/token", "perplexity", "bits/byte"]]
+    for label, prefix in ((name, "valid"), (baseline, baseline)):
+        if label is not None:
+            loss, perplexity, bits = (figures[f"{prefix}_{column}"] for column in columns)
+            rows.append([label, f"{loss:.4f}", f"{perplexity:.2f}", f"{bits:.4f}"])
+    for key, label in COMPRESSORS.items():
+        if (bits := figures.get(f"{key}_bits_per_byte")) is not None:
+            rows.append([label, "", "", f"{bits:.4f}"])
+    read = f"{figures['tokens']:,} tokens, {figures['bytes']:,} bytes"
+    return f"{_table(rows)}\n{read}"
+
+
+def _translations(name: str, figures: Figures, baseline: str | None) -> str:
+    languages = [key.removeprefix("valid_bleu_") for key in figures if "valid_bleu_" in key]
+    rows = [["", "BLEU", "chrF"]]
+    for label, suffix in ((name, ""), *((language, f"_{language}") for language in languages)):
+        scores = (figures[f"valid_{score}{suffix}"] for score in ("bleu", "chrf"))
+        rows.append([label, *(f"{score:.2f}" for score in scores)])
+    signatures = figures["signatures"].items()
+    lines = [f"{language}: {text}".removeprefix(": ") for language, text in signatures]
+    return "\n".join([_table(rows), *lines, "", _losses(name, figures, None)])
+
+
+def _labels(name: str, figures: Figures, baseline: str | None) -> str:
+    shown = {"accuracy": "accuracy", "macro_f1": "macro-F1", "ece": "calibration error"}
+    parts = [f"{text} {figures[f'valid_{key}']:.4f}" for key, text in shown.items()]
+    line = ", ".join([*parts, f"loss {figures['valid_loss']:.4f} nats/text"])
+    table = confusion_table(np.array(figures["confusion"]), list(figures["labels"]))
+    return f"{name}: {line}\n{figures['texts']:,} texts\n\n{table}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [f"{first:<{widths[0]}}", *(f"{x:>{w}}" for x, w in zip(rest, widths[1:], strict=True))]
+        ).rstrip()
+        for first, *rest in rows
+    )
+
+
+def _draw(figures: Figures, path: str) -> None:
+    if "confusion" not in figures:
+        raise UserError(f"--picture={path} is for task=classification, not {figures['task']}")
+    Path(path).write_text(confusion_picture(figures["confusion"], list(figures["labels"])))
+
+
+def _list(text: str | None) -> tuple[str, ...]:
+    """`a` or `[a,b]`, as configs have them."""
+    if text is None:
+        return ()
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else None
+    return as_tuple(text) if inner is None else tuple(x.strip() for x in inner.split(","))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneSentenceParser(
+        prog="python -m jaxlm.evaluate",
+        description="Evaluate a model on texts, all of them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "path", metavar="PATH", help="a run, one of its step folders, or a Hugging Face folder"
+    )
+    parser.add_argument(
+        "--data", help="sources, as data.train has them; left out: the run's validation texts"
+    )
+    parser.add_argument("--task", choices=KINDS, help="left out: the model's")
+    parser.add_argument(
+        "--baseline", help="ngramN, such as ngram5: fitted on the run's training texts"
+    )
+    parser.add_argument(
+        "--languages", help="translation: target language of each source; left out: the run's"
+    )
+    parser.add_argument("--beams", type=_count, default=4, help="translation [%(default)s]")
+    parser.add_argument(
+        "--length_penalty", type=float, default=0.6, help="translation [%(default)s]"
+    )
+    parser.add_argument(
+        "--limit", type=_count, help="only so many of each source's documents or records"
+    )
+    parser.add_argument("--mesh", help="devices by axis, such as dp4; left out: one device")
+    parser.add_argument(
+        "--picture", metavar="FILE.svg", help="classification: draw the confusion matrix"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,206 @@
+"""How good a model is on a task's texts: the figures of validation on all of them, and more."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxlm.api import LanguageModel
+from jaxlm.beam import Beams
+from jaxlm.config import Config, TokenizerConfig
+from jaxlm.continuing import Row, Settings, continue_rows
+from jaxlm.data.corpus import Prepared, prepare
+from jaxlm.data.loader import validation_batches
+from jaxlm.errors import UserError
+from jaxlm.export.huggingface import is_model_folder
+from jaxlm.loading import MOST_TOKENS
+from jaxlm.mesh import batch_shards
+from jaxlm.models.ngram import Ngram
+from jaxlm.models.ngram_fit import fit
+from jaxlm.placement import place
+from jaxlm.sampling import Sampling
+from jaxlm.sharding import batch_sharding
+from jaxlm.step import eval_step, on_mesh
+from jaxlm.tasks.build import batch_maker, make_form
+from jaxlm.tasks.labels import label_metrics, label_scores
+from jaxlm.tasks.language_modelling import compressed_bits, loss_metrics
+from jaxlm.tasks.metrics import translation_metrics
+from jaxlm.tasks.translation import reference_pairs
+
+ROWS_PER_SHARD = 8
+BASELINE = re.compile(r"ngram([1-9]\d*)")
+
+Figures = dict[str, object]
+Report = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to evaluate a model on."""
+
+    data: tuple[str, ...] = ()
+    """Sources, as in `data.train`; empty: the validation texts of the model's run."""
+    languages: tuple[str, ...] = ()
+    """Translation: the target language of each source; empty: as in the model's run."""
+    task: str | None = None
+    """None: the model's."""
+    baseline: str | None = None
+    """Language modelling: `ngramN`, fitted on the training texts of the model's run."""
+    limit: int | None = None
+    """Take only so many of the first documents or examples of each source."""
+    beams: Beams = Beams(num_beams=4, length_penalty=0.6)  # noqa: RUF009
+    """Translation: how it searches."""
+
+
+def evaluate(model: LanguageModel, request: Request, report: Report = lambda line: None) -> Figures:
+    """The figures of a model by name: numbers, or lists and mappings of them for tables.
+
+    They depend on neither the mesh nor how many texts are computed at once, but for rounding.
+    `report` gets lines of progress. Raises UserError for texts, tasks and baselines that do not
+    fit the model.
+    """
+    config = dataclasses.replace(model.config, task=request.task or model.config.task)
+    if request.baseline is not None and config.task != "language_modelling":
+        raise UserError(
+            f"--baseline={request.baseline} is for task=language_modelling, not {config.task}: "
+            "leave it out"
+        )
+    if is_model_folder(model.source):
+        data = dataclasses.replace(config.data, seq_len=min(config.seq_len, MOST_TOKENS))
+        config = dataclasses.replace(config, data=data)
+    prepared = _prepare(model, config, request, report)
+    if request.limit is not None:
+        few = tuple(file.first(request.limit) for file in prepared.valid)
+        prepared = dataclasses.replace(prepared, valid=few)
+    return {"task": config.task} | TASKS[config.task](model, config, prepared, request, report)
+
+
+def _prepare(model: LanguageModel, config: Config, request: Request, report: Report) -> Prepared:
+    """The texts, in `valid`."""
+    if not request.data:
+        return _prepare_run(model, config, report)
+    data = dataclasses.replace(
+        config.data,
+        train=request.data,
+        valid=request.data,
+        valid_fraction=type(config.data).__dataclass_fields__["valid_fraction"].default,
+        weights=None,
+        languages=request.languages or config.data.languages,
+        valid_languages=(),
+    )
+    path = str(model.source / model.tokenizer.file_name)
+    form = make_form(dataclasses.replace(config, data=data))
+    return prepare(data, TokenizerConfig(kind="file", path=path), report, form)
+
+
+def _prepare_run(model: LanguageModel, config: Config, report: Report) -> Prepared:
+    """The texts that the model's run trains and validates on. Raises UserError for other texts."""
+    if is_model_folder(model.source):
+        raise UserError(
+            f"{model.source} is not a run, whose texts would be known: give --data (and no "
+            "--baseline)"
+        )
+    prepared = prepare(config.data, config.tokenizer, report, make_form(config))
+    if prepared.tokenizer.fingerprint != model.tokenizer.fingerprint:
+        raise UserError(
+            f"the texts of {model.source} give another tokenizer than it has, so they have "
+            "changed: restore them, or give --data (and no --baseline)"
+        )
+    return prepared
+
+
+def _sums(model: LanguageModel, config: Config, prepared: Prepared):
+    """The evaluation step's sums over all rows, float64, and the bytes of what is predicted."""
+    program, lengths, num_bytes, sums = model.program, model.tokenizer.byte_lengths, 0, []
+
+    def step(params, batch):
+        params = program.layout.unpad(params)
+        return eval_step(params, batch, model=program.model, config=config)
+
+    compiled, make_batch = jax.jit(on_mesh(step, program.mesh)), batch_maker(config, prepared)
+    rows = [prepared.form.rows(file, config.seq_len) for file in prepared.valid]
+    for batch in validation_batches(rows, batch_size=ROWS_PER_SHARD * batch_shards(program.mesh)):
+        batch = make_batch(batch)
+        num_bytes += int(lengths[batch.targets[batch.weights > 0]].sum())
+        placed = place(batch, batch_sharding(program.mesh))
+        sums.append(jax.device_get(compiled(model.params, placed)))
+    add = lambda *parts: np.sum(parts, axis=0, dtype=np.float64)  # noqa: E731
+    return jax.tree.map(add, *sums), num_bytes
+
+
+def _losses(
+    model: LanguageModel, config: Config, prepared: Prepared, request: Request, report: Report
+) -> Figures:
+    """Figures of what is predicted token by token; an N-gram model reads documents, not rows."""
+    if isinstance(model.params, Ngram):
+        nats, targets = model.params.nats(prepared.valid)
+        num_bytes = len(_text(model, prepared))
+    else:
+        sums, num_bytes = _sums(model, config, prepared)
+        nats, targets = float(sums.nats), float(sums.weight)
+    return loss_metrics(nats, targets, num_bytes) | {"tokens": int(targets), "bytes": num_bytes}
+
+
+def _language_modelling(
+    model: LanguageModel, config: Config, prepared: Prepared, request: Request, report: Report
+) -> Figures:
+    figures = _losses(model, config, prepared, request, report)
+    for name, bits in compressed_bits(_text(model, prepared)).items():
+        figures[f"{name.split()[0]}_bits_per_byte"] = bits
+    if request.baseline is not None:
+        ngram = _baseline(model, config, request.baseline, report)
+        metrics = loss_metrics(*ngram.nats(prepared.valid), figures["bytes"])
+        for name, value in metrics.items():
+            figures[f"{request.baseline}_{name.removeprefix('valid_')}"] = value
+    return figures
+
+
+def _text(model: LanguageModel, prepared: Prepared) -> bytes:
+    return b"".join(model.tokenizer.decode_bytes(file.tokens.tolist()) for file in prepared.valid)
+
+
+def _baseline(model: LanguageModel, config: Config, name: str, report: Report) -> Ngram:
+    """The N-gram model that is called `name`, of the training texts of the model's run."""
+    match = BASELINE.fullmatch(name)
+    if match is None:
+        raise UserError(f"--baseline={name} is not known: use ngramN, such as ngram5")
+    prepared = _prepare_run(model, config, report)
+    report(f"fitting {name}")
+    return fit(prepared.train, int(match[1]), model.config.model.vocab_size)
+
+
+def _translation(
+    model: LanguageModel, config: Config, prepared: Prepared, request: Request, report: Report
+) -> Figures:
+    pairs = reference_pairs(prepared)
+    report(f"translating {len(pairs):,} texts")
+    searches = request.beams if request.beams.num_beams > 1 else None
+    settings = Settings(config.seq_len, Sampling(temperature=0.0), searches, [], 0, 1)
+    rows = [Row([model.tokenizer.bos_id], pair.source) for pair in pairs]
+    texts = [text for (text,) in continue_rows(model, rows, settings)]
+    metrics, signatures = translation_metrics(texts, pairs)
+    figures = _losses(model, config, prepared, request, report)
+    return figures | metrics | {"signatures": signatures, "texts": len(pairs)}
+
+
+def _classification(
+    model: LanguageModel, config: Config, prepared: Prepared, request: Request, report: Report
+) -> Figures:
+    sums, _ = _sums(model, config, prepared)
+    names = ("precision", "recall", "f1")
+    scores = zip(prepared.form.names, label_scores(sums.confusion), strict=True)
+    return label_metrics(sums) | {
+        "texts": int(sums.confusion.sum()),
+        "labels": {label: dict(zip(names, row, strict=True)) for label, row in scores},
+        "confusion": sums.confusion.astype(int).tolist(),
+    }
+
+
+TASKS = {
+    "language_modelling": _language_modelling,
+    "translation": _translation,
+    "instruction": _losses,
+    "classification": _classification,
+}

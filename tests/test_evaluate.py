@@ -1,0 +1,125 @@
+"""The evaluate command: figures that do not depend on how they are computed, and tables of them."""
+
+import json
+
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm import evaluate, evaluation
+from jaxlm.cli import read_config
+from jaxlm.data.corpus import prepare
+from jaxlm.data.loader import Rows
+from jaxlm.errors import UserError
+from jaxlm.evaluation import Request
+from jaxlm.models.ngram_fit import fit
+from jaxlm.tasks.confusion import confusion_picture
+
+
+@pytest.fixture(scope="module")
+def model(trained_run):
+    return jaxlm.load(trained_run)
+
+
+@pytest.fixture(scope="module")
+def prepared(trained_run):
+    config = read_config(trained_run / "config.yaml")
+    return prepare(config.data, config.tokenizer, lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def figures(model):
+    return evaluation.evaluate(model, Request(baseline="ngram3"))
+
+
+def test_the_loss_is_that_of_every_token_of_the_rows_that_training_makes(model, prepared, figures):
+    pieces = []
+    for file in prepared.valid:
+        for row in Rows(file, model.config.seq_len):
+            segments = range(1, row["segment_ids"].max() + 1)
+            pieces += [row["tokens"][row["segment_ids"] == s].tolist() for s in segments]
+    scores = model.program.score(model.params, [piece for piece in pieces if len(piece) > 1])
+    logprobs = np.concatenate(scores)
+    targets = sum(file.num_tokens - len(file) for file in prepared.valid)
+    assert figures["tokens"] == len(logprobs) == targets
+    assert figures["bytes"] == sum(file.num_bytes for file in prepared.valid)
+    assert figures["valid_loss"] == pytest.approx(-logprobs.mean(dtype=np.float64), rel=1e-5)
+    bits = -logprobs.sum(dtype=np.float64) / np.log(2) / figures["bytes"]
+    assert figures["valid_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert figures["valid_perplexity"] == pytest.approx(np.exp(figures["valid_loss"]))
+    assert min(figures["xz_bits_per_byte"], figures["gzip_bits_per_byte"]) > 0
+
+
+def test_neither_mesh_nor_batch_changes_the_figures(trained_run, figures, monkeypatch):
+    monkeypatch.setattr(evaluation, "ROWS_PER_SHARD", 3)
+    other = evaluation.evaluate(jaxlm.load(trained_run, mesh="dp2,tp2"), Request())
+    for name, value in other.items():
+        expected = figures[name] if isinstance(value, str) else pytest.approx(figures[name], 1e-5)
+        assert value == expected
+
+
+def test_the_baseline_learns_from_the_texts_of_the_run(prepared, figures):
+    nats, targets = fit(prepared.train, 3, 320).nats(prepared.valid)
+    assert figures["ngram3_loss"] == pytest.approx(nats / targets, rel=1e-9)
+    ratio = figures["ngram3_bits_per_byte"] / figures["valid_bits_per_byte"]
+    assert ratio == pytest.approx(figures["ngram3_loss"] / figures["valid_loss"])
+
+
+def test_a_limit_takes_the_first_documents(model, prepared):
+    assert len(prepared.train[0]) > 2
+    (part,) = prepared.train
+    few = part.first(2)
+    assert len(few) == 2 and few.num_tokens == part.offsets[2] == len(few.tokens)
+    found = evaluation.evaluate(model, Request(limit=1))
+    one = prepared.valid[0].first(1)
+    assert found["tokens"] == one.num_tokens - 1
+    everything = evaluation.evaluate(model, Request(limit=10**6))
+    assert everything["tokens"] == sum(f.num_tokens - len(f) for f in prepared.valid)
+
+
+def test_other_texts_are_read_with_the_models_tokenizer(trained_run, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("ab cd é\n" * 50)
+    evaluate.main([str(trained_run), f"--data={text}", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["task"] == "language_modelling" and found["bytes"] == len(text.read_bytes())
+    assert found["model"].endswith("step_00000060")
+    evaluate.main([str(trained_run), f"--data=[{text},{text}]"])
+    table = capsys.readouterr().out
+    loss = -np.mean(jaxlm.score(trained_run, text.read_text()[:20]).token_logprobs)
+    assert np.isfinite(loss) and "gzip -9" in table and f"{2 * found['bytes']:,} bytes" in table
+
+
+def test_the_table_has_the_figures(model, figures):
+    lines = evaluate.report("run", figures, "ngram3").splitlines()
+    assert lines[0].split() == ["nats/token", "perplexity", "bits/byte"]
+    assert lines[1].split()[:2] == ["run", f"{figures['valid_loss']:.4f}"]
+    assert lines[2].split()[:2] == ["ngram3", f"{figures['ngram3_loss']:.4f}"]
+    assert [line.split()[0] for line in lines[3:5]] == ["gzip", "xz"]
+
+
+CONFUSION = np.array([[50, 2, 0], [7, 0, 1], [0, 0, 12]])
+
+
+def test_a_confusion_matrix_is_drawn():
+    names = ["bad", "so <so>", "good"]
+    picture = confusion_picture(CONFUSION, names)
+    assert picture.count("<rect") == 10 and "so &lt;so&gt;" in picture
+    assert 'fill-opacity="0.875"' in picture and ">88%<" in picture
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--baseline=bigram"], "use ngramN"),
+        (["--task=classification"], "cannot train model.kind=decoder|labels"),
+        (["--task=instruction", "--baseline=ngram2"], "is for task=language_modelling"),
+        (["--data=nowhere.txt"], "no such file"),
+        (["--limit=0"], "above 0"),
+        (["--picture=x.svg"], "is for task=classification"),
+        (["--tsk=x"], "unrecognized"),
+    ],
+)
+def test_mistakes_are_one_sentence(trained_run, arguments, words):
+    with pytest.raises(UserError, match=words):
+        evaluate.main([str(trained_run), *arguments])

@@ -62,6 +62,12 @@ def evaluate(model: LanguageModel, request: Request, report: Report = lambda lin
     fit the model.
     """
     config = dataclasses.replace(model.config, task=request.task or model.config.task)
+    if (config.task == "classification") != (config.model.labels is not None):
+        has = "labels" if config.model.labels is not None else "no labels"
+        raise UserError(
+            f"{model.source} has {has}, so it cannot be evaluated on task={config.task}: leave "
+            "--task out, or give another model"
+        )
     if request.baseline is not None and config.task != "language_modelling":
         raise UserError(
             f"--baseline={request.baseline} is for task=language_modelling, not {config.task}: "

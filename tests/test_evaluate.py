@@ -1,18 +1,22 @@
 """The evaluate command: figures that do not depend on how they are computed, and tables of them."""
 
 import json
+import random
 
 import numpy as np
 import pytest
+from conftest import tiny_arguments
 
 import jaxlm
-from jaxlm import evaluate, evaluation
+from jaxlm import evaluate, evaluation, train
+from jaxlm.beam import Beams
 from jaxlm.cli import read_config
 from jaxlm.data.corpus import prepare
 from jaxlm.data.loader import Rows
 from jaxlm.errors import UserError
 from jaxlm.evaluation import Request
 from jaxlm.models.ngram_fit import fit
+from jaxlm.monitor import read_metrics
 from jaxlm.tasks.confusion import confusion_picture
 
 
@@ -108,11 +112,86 @@ def test_a_confusion_matrix_is_drawn():
     assert 'fill-opacity="0.875"' in picture and ">88%<" in picture
 
 
+@pytest.fixture(scope="module")
+def task_run(tmp_path_factory):
+    """Trains a tiny model of a task on lines of a TSV; gives its run folder."""
+
+    def run(task: str, kind: str, lines: list[str], **changes):
+        home = tmp_path_factory.mktemp(task)
+        data = home / "data.tsv"
+        data.write_text("".join(f"{line}\n" for line in lines))
+        arguments = small_arguments(
+            task=task,
+            model__kind=kind,
+            data__train=data,
+            data__cache=home / "cache",
+            out=home / "run",
+            train__steps=20,
+            train__eval_every=0,
+            train__eval_batches=0,
+            mesh="dp1",
+            **changes,
+        )
+        assert train.main(arguments) == 0
+        return home / "run"
+
+    return run
+
+
+def small_arguments(**changes) -> list[str]:
+    dropped = ("--train.sample_tokens", "--train.sample_prompt")
+    return [a for a in tiny_arguments(**changes) if not a.startswith(dropped)]
+
+
+@pytest.mark.slow
+def test_a_classifier_is_evaluated_as_it_was_validated(task_run, capsys, tmp_path):
+    draw = random.Random(0)
+    words = {"bad": "awful poor sad", "fine": "so plain usual", "good": "great joy happy"}
+    lines = []
+    for _ in range(300):
+        label = draw.choice([*words])
+        lines.append(f"{label}\t{' '.join(draw.choices(words[label].split(), k=8))}")
+    run = task_run("classification", "encoder", lines, data__valid_fraction=0.2)
+    line = read_metrics(run / "metrics.jsonl")[-1]
+    found = evaluation.evaluate(jaxlm.load(run, mesh="dp2"), Request())
+    for name in ("valid_loss", "valid_accuracy", "valid_macro_f1", "valid_ece"):
+        assert found[name] == pytest.approx(line[name], rel=1e-4)
+    assert list(found["labels"]) == ["bad", "fine", "good"]
+    assert np.sum(found["confusion"]) == found["texts"] > 30
+    few = evaluation.evaluate(jaxlm.load(run), Request(limit=7))
+    assert few["texts"] == 7
+    picture = tmp_path / "confusion.svg"
+    evaluate.main([str(run), f"--picture={picture}"])
+    table = capsys.readouterr().out
+    assert f"accuracy {line['valid_accuracy']:.4f}" in table and "precision" in table
+    assert picture.read_text().startswith("<svg")
+
+
+@pytest.mark.slow
+def test_translations_are_evaluated_as_they_were_validated(task_run, capsys):
+    draw = random.Random(0)
+    lines = []
+    for _ in range(200):
+        words = draw.choices(["ab", "cd", "ef", "gh"], k=5)
+        lines.append(f"{' '.join(words)}\t{' '.join(words).upper()}")
+    run = task_run("translation", "encoder_decoder", lines, data__valid_fraction=0.2)
+    line = read_metrics(run / "metrics.jsonl")[-1]
+    greedy = Request(beams=Beams(num_beams=1))
+    found = evaluation.evaluate(jaxlm.load(run, mesh="dp2"), greedy)
+    for name in ("valid_loss", "valid_bleu", "valid_chrf"):
+        assert found[name] == pytest.approx(line[name], rel=1e-4, abs=1e-6)
+    evaluate.main([str(run), "--json", "--limit=5"])
+    searched = json.loads(capsys.readouterr().out)
+    assert searched["texts"] == 5 and "tok:13a" in searched["signatures"][""]
+    evaluate.main([str(run), "--limit=5", "--beams=1"])
+    assert capsys.readouterr().out.split()[:2] == ["BLEU", "chrF"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--baseline=bigram"], "use ngramN"),
-        (["--task=classification"], "cannot train model.kind=decoder|labels"),
+        (["--task=classification"], "has no labels"),
         (["--task=instruction", "--baseline=ngram2"], "is for task=language_modelling"),
         (["--data=nowhere.txt"], "no such file"),
         (["--limit=0"], "above 0"),

@@ -22,18 +22,21 @@ if TYPE_CHECKING:
         load,
     )
     from jaxlm.errors import UserError
-    from jaxlm.texts import Score, generate, score
+    from jaxlm.texts import Classification, Score, classify, generate, score, translate
 
 __version__ = "0.1.0"
 __all__ = [
+    "Classification",
     "LanguageModel",
     "Score",
     "UserError",
     "Verification",
+    "classify",
     "export_checkpoint",
     "generate",
     "load",
     "score",
+    "translate",
 ]
 
 # A command imports for a second or two; Ctrl-C then ends it without a traceback, as it does later.

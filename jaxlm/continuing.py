@@ -30,6 +30,11 @@ class Settings:
     seed: int
     num_samples: int
     """Texts for each row; of a beam search, that many of its best."""
+    eos_id: int | None = None
+    """What ends a text."""
+    starts_text: bool = False
+    """What is made is a text of its own, a translation or an answer: it does not begin with the
+    space that some tokenizers put before a text's first word, as the rest of a text would."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +83,7 @@ def make_settings(
 
 
 def _check_beams(sampling: Sampling, beams: Beams, num_samples: int) -> None:
-    if beams.early_stopping not in (True, False, "never"):
+    if not isinstance(beams.early_stopping, bool) and beams.early_stopping != "never":
         raise UserError(
             f"early_stopping={beams.early_stopping!r} is not known: use True, False or 'never'"
         )
@@ -120,10 +125,11 @@ def continue_rows(model: LanguageModel, rows: list[Row], settings: Settings) -> 
 def stream_row(model: LanguageModel, row: Row, settings: Settings) -> Iterator[str]:
     """Pieces of the continuation. What may be half a character or half a stop string waits."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    text, given, read, stops = "", 0, 0, settings.stops
+    made, given, read, stops = "", 0, 0, settings.stops
     for (tokens,) in _generate(model, [row], [0], settings, chunk=1):
-        text += decoder.decode(model.tokenizer.decode_bytes(tokens[read:]))
+        made += decoder.decode(model.tokenizer.decode_bytes(tokens[read:]))
         read = len(tokens)
+        text = _trimmed(model, made, settings)
         whole, ended = _cut(text, stops)
         sure = len(whole) if ended else len(text) - _possible_stop(text, stops)
         if sure > given:
@@ -131,7 +137,7 @@ def stream_row(model: LanguageModel, row: Row, settings: Settings) -> Iterator[s
             given = sure
         if ended:
             return
-    text, _ = _cut(text + decoder.decode(b"", final=True), stops)
+    text, _ = _cut(_trimmed(model, made + decoder.decode(b"", final=True), settings), stops)
     if len(text) > given:
         yield text[given:]
 
@@ -143,7 +149,7 @@ def _generate(model, rows: list[Row], samples: list[int], settings: Settings, **
         sources=_sources(rows),
         max_new_tokens=settings.max_new_tokens,
         sampling=settings.sampling,
-        eos_id=model.tokenizer.eos_id,
+        eos_id=settings.eos_id,
         seed=settings.seed,
         sample_ids=samples,
         **options,
@@ -153,10 +159,10 @@ def _generate(model, rows: list[Row], samples: list[int], settings: Settings, **
 def _sample(model, rows: list[Row], samples: list[int], settings: Settings) -> list[list[str]]:
     options = {}
     if settings.stops:
-        stopped = lambda tokens: _cut(_text(model, tokens), settings.stops)[1]  # noqa: E731
+        stopped = lambda tokens: _cut(_text(model, tokens, settings), settings.stops)[1]  # noqa: E731
         options = {"chunk": STOP_CHECK_TOKENS, "stopped": stopped}
     *_, made = _generate(model, rows, samples, settings, **options)
-    return [[_cut(_text(model, tokens), settings.stops)[0]] for tokens in made]
+    return [[_cut(_text(model, tokens, settings), settings.stops)[0]] for tokens in made]
 
 
 def _search(model, rows: list[Row], _, settings: Settings) -> list[list[str]]:
@@ -166,10 +172,13 @@ def _search(model, rows: list[Row], _, settings: Settings) -> list[list[str]]:
         sources=_sources(rows),
         max_new_tokens=settings.max_new_tokens,
         beams=settings.beams,
-        eos_id=model.tokenizer.eos_id,
+        eos_id=settings.eos_id,
     )
     return [
-        [_cut(_text(model, h.tokens), settings.stops)[0] for h in row[: settings.num_samples]]
+        [
+            _cut(_text(model, h.tokens, settings), settings.stops)[0]
+            for h in row[: settings.num_samples]
+        ]
         for row in found
     ]
 
@@ -178,9 +187,13 @@ def _sources(rows: list[Row]) -> list[list[int]] | None:
     return None if rows[0].source is None else [row.source for row in rows]
 
 
-def _text(model: LanguageModel, tokens: list[int]) -> str:
-    # Not `decode`, which takes away the space some tokenizers put before a text's first word.
-    return model.tokenizer.decode_bytes(tokens).decode("utf-8", errors="replace")
+def _text(model: LanguageModel, tokens: list[int], settings: Settings) -> str:
+    text = model.tokenizer.decode_bytes(tokens).decode("utf-8", errors="replace")
+    return _trimmed(model, text, settings)
+
+
+def _trimmed(model: LanguageModel, text: str, settings: Settings) -> str:
+    return text.removeprefix(" ") if settings.starts_text and model.tokenizer.adds_space else text
 
 
 def _cut(text: str, stops: list[str]) -> tuple[str, bool]:

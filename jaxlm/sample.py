@@ -1,23 +1,68 @@
-"""`python -m jaxlm.sample RUN --prompt=...`: text from a trained model, as it comes."""
+"""`python -m jaxlm.sample RUN --prompt=...`: what a trained model makes of texts.
+
+A language model continues them as one reads, or answers in a chat; a translation model translates
+them; a classifier names their labels.
+"""
 
 import argparse
 import contextlib
+import inspect
+import json
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from jaxlm.api import LanguageModel, load
 from jaxlm.cli import OneSentenceParser, run_command
 from jaxlm.errors import UserError
-from jaxlm.texts import generate
+from jaxlm.texts import classify, generate, translate
+
+# What `translate` takes; with any other setting a translation is sampled instead.
+SEARCH = {"max_new_tokens", "num_beams", "length_penalty", "target"}
 
 
 def main(argv: list[str]) -> None:
-    """Stream one continuation of the prompt, of standard input, or of each line typed."""
-    arguments = vars(_parser().parse_args(argv))
-    model = load(*(arguments.pop(name) for name in ("run", "mesh", "dtype", "average_last")))
-    prompt = arguments.pop("prompt")
-    if prompt is not None:
-        _continue(model, _standard_input() if prompt == "-" else prompt, arguments)
+    """Answer the prompt, standard input, every prompt of a file, or each line typed."""
+    settings = vars(_parser().parse_args(argv))
+    places = [settings.pop(name, None) for name in ("run", "mesh", "dtype", "average_last")]
+    asked = {name: settings.pop(name, None) for name in ("prompt", "prompts", "out", "system")}
+    chats = settings.pop("chat", False)
+    _check_options(asked, chats)
+    model = load(*places)
+    _check_model(model, chats, settings)
+    if asked["prompts"] is not None:
+        _answer_file(model, Path(asked["prompts"]), asked["out"], settings)
         return
+    say = _Chat(model, asked["system"], settings) if chats else _Answer(model, settings)
+    if asked["prompt"] is not None:
+        say(_standard_input() if asked["prompt"] == "-" else asked["prompt"])
+    else:
+        _interact(say)
+
+
+def _check_options(asked: dict, chats: bool) -> None:
+    needs = (
+        ("--out", asked["out"] is not None, "--prompts", asked["prompts"] is not None),
+        ("--system", asked["system"] is not None, "--chat", chats),
+    )
+    for option, given, other, there in needs:
+        if given and not there:
+            raise UserError(f"{option} has no effect without {other}: give both or none")
+    if asked["prompts"] is not None and (chats or asked["prompt"] is not None):
+        other = "--chat" if chats else "--prompt"
+        raise UserError(f"--prompts answers a whole file: leave out {other}, or --prompts")
+
+
+def _check_model(model: LanguageModel, chats: bool, settings: dict) -> None:
+    task = model.config.task
+    if task == "classification" and (settings or chats):
+        option = "chat" if chats else min(settings)
+        raise UserError(f"--{option} has no effect on a classifier: leave it out")
+    if chats and (task == "translation" or not model.tokenizer.chat_template):
+        raise UserError("the model has no chat template, so it cannot chat: leave out --chat")
+
+
+def _interact(say: Callable[[str], None]) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and history)
     print("Type a prompt and press Enter; an empty line or Ctrl-D ends.", file=sys.stderr)
@@ -30,7 +75,7 @@ def main(argv: list[str]) -> None:
         if not line:
             return
         try:
-            _continue(model, line, arguments)
+            say(line)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
 
@@ -42,42 +87,148 @@ def _standard_input() -> str:
         raise UserError("standard input is not UTF-8: convert it first") from None
 
 
-def _continue(model: LanguageModel, prompt: str, settings: dict) -> None:
-    pieces = generate(model, prompt, stream=True, **settings)
-    print(prompt, end="", flush=True)
+class _Answer:
+    """Prints what a model makes of a text."""
+
+    def __init__(self, model: LanguageModel, settings: dict):
+        self._model, self._settings = model, settings
+
+    def __call__(self, prompt: str) -> None:
+        task = self._model.config.task
+        if task in ("language_modelling", "instruction"):
+            pieces = _pieces(self._model, prompt, self._settings)
+            print(prompt, end="", flush=True)
+            _print(pieces)
+            return
+        (answer,) = _answers(self._model, [prompt], self._settings)
+        if task == "translation":
+            print(answer["text"])
+        else:
+            chances = sorted(answer["probabilities"].items(), key=lambda item: -item[1])
+            print(answer["label"], *(f"{name} {chance:.4f}" for name, chance in chances), sep="  ")
+
+
+class _Chat:
+    """Prints what the assistant answers, and remembers what was said."""
+
+    def __init__(self, model: LanguageModel, system: str | None, settings: dict):
+        self._model, self._settings = model, settings
+        self._said = [] if system is None else [{"role": "system", "content": system}]
+
+    def __call__(self, text: str) -> None:
+        asked = [*self._said, {"role": "user", "content": text}]
+        answer = _print(_pieces(self._model, asked, self._settings))
+        self._said = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _pieces(model: LanguageModel, prompt, settings: dict) -> Iterator[str]:
+    """The continuation as it comes, or at once where it is searched for."""
+    if settings.get("num_beams", 1) == 1:
+        return generate(model, prompt, stream=True, **settings)
+    return iter([generate(model, prompt, **settings)])
+
+
+def _print(pieces: Iterator[str]) -> str:
+    text = ""
     for piece in pieces:
         print(piece, end="", flush=True)
+        text += piece
     print()
+    return text
+
+
+def _answer_file(model: LanguageModel, file: Path, out: str | None, settings: dict) -> None:
+    """Answer every prompt of a file, as JSON lines in its order."""
+    requests = list(_requests(file))
+    answers: dict[int, dict] = {}
+    # Texts and conversations are different calls.
+    for key in ("prompt", "messages"):
+        places = [i for i, request in enumerate(requests) if key in request]
+        found = _answers(model, [requests[i][key] for i in places], settings)
+        answers |= dict(zip(places, found, strict=True))
+    lines = (json.dumps(r | answers[i], ensure_ascii=False) for i, r in enumerate(requests))
+    text = "".join(line + "\n" for line in lines)
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        Path(out).expanduser().write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write --out={out}: {error.strerror}") from error
+
+
+def _answers(model: LanguageModel, prompts: list, settings: dict) -> list[dict]:
+    """What a model makes of prompts, under the names that a line of results has."""
+    if model.config.task == "classification":
+        found = classify(model, prompts)
+        return [{"label": c.label, "probabilities": c.probabilities} for c in found]
+    is_search = model.config.task == "translation" and settings.keys() <= SEARCH
+    answer = translate if is_search else generate
+    return [{"text": text} for text in answer(model, prompts, **settings)]
+
+
+def _requests(file: Path) -> Iterator[dict]:
+    """The prompts of a file: objects with `prompt` or `messages` where its name ends in .jsonl,
+    else a prompt a line."""
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read --prompts={file}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise UserError(f"--prompts={file} is not UTF-8: convert it first") from None
+    for number, line in enumerate(lines, 1):
+        if file.suffix != ".jsonl":
+            yield {"prompt": line}
+            continue
+        try:
+            request = json.loads(line)
+        except ValueError:
+            request = None
+        if not isinstance(request, dict) or ("prompt" in request) == ("messages" in request):
+            raise UserError(
+                f"line {number} of {file} is not a JSON object with either prompt or messages: "
+                "write one a line"
+            )
+        yield request
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneSentenceParser(
         prog="python -m jaxlm.sample",
-        description="Continue a prompt with a trained model, printing text as it comes.",
+        description="Continue, answer, translate or classify texts with a trained model.",
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
+    defaults = {
+        name: f"[{parameter.default}]"
+        for name, parameter in inspect.signature(generate).parameters.items()
+        if parameter.default is not None
+    }
+
+    def add(name: str, text: str, **options) -> None:
+        default = defaults.get(name, "") if "type" in options else ""
+        parser.add_argument(f"--{name}", help=f"{text} {default}".strip(), **options)
+
     parser.add_argument("run", metavar="RUN", help="run folder, or one of its step folders")
-    parser.add_argument(
-        "--prompt", help="text to continue; - reads standard input; left out: ask for prompts"
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="[%(default)s]")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, help="0 takes the likeliest token [%(default)s]"
-    )
-    parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens")
-    parser.add_argument("--top_p", type=float, help="... among the likeliest that sum to p")
-    parser.add_argument("--min_p", type=float, help="... above this share of the likeliest")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="[%(default)s]")
-    parser.add_argument("--stop", action="append", help="end before this text; may be repeated")
-    parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
-    parser.add_argument("--mesh", help="devices by axis, such as tp2; left out: one device")
-    parser.add_argument("--dtype", help="float32 or bfloat16; left out: as trained")
-    parser.add_argument(
-        "--average_last",
-        type=int,
-        metavar="N",
-        help="take the mean of the parameters in the run's last N checkpoints",
-    )
+    add("prompt", "the text; - reads standard input; left out: ask for texts")
+    add("prompts", "file of texts, one a line, or .jsonl with prompt or messages; gives JSON lines")
+    add("out", "file for the results of --prompts; left out: standard output")
+    add("chat", "answer as the assistant of a conversation", action="store_true")
+    add("system", "what the conversation of --chat starts from")
+    add("target", "translation: the language, such as de")
+    add("max_new_tokens", "tokens at most", type=int)
+    add("temperature", "0 takes the likeliest token", type=float)
+    add("top_k", "sample among the k likeliest tokens", type=int)
+    add("top_p", "... among the likeliest that sum to p", type=float)
+    add("min_p", "... above this share of the likeliest", type=float)
+    add("repetition_penalty", "above 1 avoids tokens seen", type=float)
+    add("num_beams", "above 1: beam search; translations take 4 where no sampling", type=int)
+    add("length_penalty", "above 0 favours long texts; translations 0.6", type=float)
+    add("stop", "end before this text; may be repeated", action="append")
+    add("seed", "of the random numbers", type=int)
+    add("mesh", "devices by axis, such as tp2; left out: one device")
+    add("dtype", "float32 or bfloat16; left out: as trained")
+    add("average_last", "take the mean of the run's last N checkpoints", type=int, metavar="N")
     return parser
 
 

@@ -1,7 +1,7 @@
 """What a loaded model does with texts: `generate`, `translate`, `chat`, `score`, `classify`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,26 +10,44 @@ from jax.sharding import Mesh
 
 from jaxlm.api import LanguageModel, load
 from jaxlm.beam import Beams
-from jaxlm.continuing import ROWS_AT_ONCE, Row, continue_rows, make_settings, stream_row
+from jaxlm.chat import encode_prompt, turn_end
+from jaxlm.continuing import ROWS_AT_ONCE, Row, Settings, continue_rows, make_settings, stream_row
 from jaxlm.errors import UserError
 from jaxlm.sampling import Sampling
+from jaxlm.tasks.classification import encode_texts
+from jaxlm.tasks.instruction import read_messages
+from jaxlm.tasks.translation import encode_sources, languages_of, unknown_language
+
+Conversation = Sequence[Mapping[str, str]]
+"""Messages: `{"role": "system", "user" or "assistant", "content": ...}` each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """log P(w1..wn) of a text by the chain rule."""
+    """log P(w1..wn) of a text by the chain rule; of a translation, log P(target | source)."""
 
     logprob: float
     """Natural logarithm of the text's probability: the sum of `token_logprobs`."""
     token_logprobs: list[float]
     """log P(token | those before), one per token after the first."""
     tokens: list[int]
-    """The text's token ids, the first of them beginning-of-text."""
+    """The text's token ids, the first of them what every text starts with; of a translation the
+    last is end-of-text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """What a classifier says of a text."""
+
+    label: str
+    """The likeliest label."""
+    probabilities: dict[str, float]
+    """Of every label; they sum to one."""
 
 
 def generate(
     model: LanguageModel | str | Path,
-    prompts: str | Sequence[str],
+    prompts: str | Conversation | Sequence[str] | Sequence[Conversation],
     max_new_tokens: int = 128,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -44,8 +62,13 @@ def generate(
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
+    target: str | None = None,
 ):
     """Continue texts. A string gives a string, a list a list: the continuation alone.
+
+    A prompt may be a conversation, a list of messages such as `{"role": "user", "content": "Hi"}`:
+    a model with a chat template gives the assistant's next message. Of a translation model a
+    prompt is the source text, and `target` the language as in `translate`.
 
     `temperature=0` takes the likeliest token each time. `num_samples` above 1 gives a list for
     each prompt. `stop` ends a text before any of these strings. `stream=True` takes one prompt and
@@ -66,11 +89,11 @@ def generate(
         seed=seed,
         num_samples=num_samples,
     )
-    prompts, single = _as_list(prompts, "prompts")
+    prompts, single = _as_prompts(prompts)
     if stream and not (single and num_samples == num_beams == 1):
         raise UserError("stream=True takes one prompt (a string), num_samples=1 and num_beams=1")
     model = _as_model(model, mesh)
-    rows = [_row(model, prompt) for prompt in prompts]
+    rows, settings = _read(model, prompts, target, settings)
     if stream:
         return stream_row(model, rows[0], settings)
     out = continue_rows(model, rows, settings)
@@ -79,29 +102,104 @@ def generate(
     return out[0] if single else out
 
 
-def score(model: LanguageModel | str | Path, texts: str | Sequence[str], mesh=None):
+def translate(
+    model: LanguageModel | str | Path,
+    texts: str | Sequence[str],
+    target: str | None = None,
+    num_beams: int = 4,
+    length_penalty: float = 0.6,
+    max_new_tokens: int | None = None,
+    early_stopping: bool | Literal["never"] = False,
+    mesh: str | Mesh | None = None,
+):
+    """Translate texts by beam search; a string gives a string, a list a list.
+
+    `target` is the language to translate into, such as "de", for a model that was trained with
+    several. `num_beams=1` is greedy, and reads neither of the other settings of `beam.Beams`.
+    `max_new_tokens` None is the model's `max_seq_len`. Raises UserError for a language the model
+    was not told of and for a model of another task.
+    """
+    model = _as_model(model, mesh)
+    if model.config.task != "translation":
+        raise UserError(
+            f"a model of task={model.config.task} reads no source to translate: use jaxlm.generate"
+        )
+    search = {"length_penalty": length_penalty, "early_stopping": early_stopping}
+    return generate(
+        model,
+        _as_list(texts, "texts")[0] if not isinstance(texts, str) else texts,
+        max_new_tokens=model.config.model.max_seq_len if max_new_tokens is None else max_new_tokens,
+        temperature=0,
+        target=target,
+        num_beams=num_beams,
+        **({} if num_beams == 1 else search),
+    )
+
+
+def score(
+    model: LanguageModel | str | Path,
+    texts: str | Sequence[str],
+    sources: str | Sequence[str] | None = None,
+    target: str | None = None,
+    mesh: str | Mesh | None = None,
+):
     """log P(w1..wn) of each text; a string gives a `Score`, a list a list of them.
 
-    Texts are tokenised as in training, beginning-of-text first. Raises UserError for a text
-    longer than the model's `max_seq_len`.
+    Texts are tokenised as in training, beginning-of-text first. A translation model scores
+    translations, each to its end, of `sources` into the language `target`. Raises UserError for a
+    text longer than the model's `max_seq_len`.
     """
     texts, single = _as_list(texts, "texts")
     model = _as_model(model, mesh)
-    longest = model.config.model.max_seq_len
-    rows = [[model.tokenizer.bos_id, *ids] for ids in model.tokenizer.encode_batch(texts)]
-    for i, row in enumerate(rows):
-        if len(row) > longest + 1:
+    _check_task(model, "score", "language_modelling", "instruction", "translation")
+    encoded, read = model.tokenizer.encode_batch(texts), None
+    if model.config.task == "translation":
+        given = [] if sources is None else _as_list(sources, "sources")[0]
+        if len(given) != len(texts):
             raise UserError(
-                f"text {i} has {len(row)} tokens, but the model was built for {longest} "
-                "(model.max_seq_len): split it"
+                f"there are {len(given)} sources for {len(texts)} translations: give one for each"
             )
+        read = _sources(model, given, target)
+        rows = [[*model.prefix, *ids, model.tokenizer.eos_id] for ids in encoded]
+    else:
+        if sources is not None or target is not None:
+            raise UserError("sources and target are for a translation model: leave them out")
+        rows = [[model.tokenizer.bos_id, *ids] for ids in encoded]
+    for i, row in enumerate(rows):
+        _check_length(model, f"text {i}", len(row) - 1, "split it")
     scores: list[Score] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = rows[start : start + ROWS_AT_ONCE]
-        for row, logprobs in zip(part, model.program.score(model.params, part), strict=True):
+        part = slice(start, start + ROWS_AT_ONCE)
+        found = model.program.score(model.params, rows[part], read and read[part])
+        for row, logprobs in zip(rows[part], found, strict=True):
             total = float(np.sum(logprobs, dtype=np.float64))
             scores.append(Score(total, [float(x) for x in logprobs], row))
     return scores[0] if single else scores
+
+
+def classify(
+    model: LanguageModel | str | Path, texts: str | Sequence[str], mesh: str | Mesh | None = None
+):
+    """The label of each text; a string gives a `Classification`, a list a list of them.
+
+    A text longer than the rows the model was trained on is truncated, as it was in training.
+    """
+    texts, single = _as_list(texts, "texts")
+    model = _as_model(model, mesh)
+    _check_task(model, "classify", "classification")
+    rows = [row for row, _ in encode_texts(model.tokenizer, texts, model.config.seq_len)]
+    labels = model.config.model.labels
+    found: dict[int, Classification] = {}
+    # Texts of like length go together: they are padded.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        part = order[start : start + ROWS_AT_ONCE]
+        chances = model.program.classify(model.params, [rows[i] for i in part])
+        for i, row in zip(part, chances, strict=True):
+            by_name = dict(zip(labels, row.tolist(), strict=True))
+            found[i] = Classification(max(by_name, key=by_name.get), by_name)
+    out = [found[i] for i in range(len(rows))]
+    return out[0] if single else out
 
 
 def _as_model(model, mesh) -> LanguageModel:
@@ -123,13 +221,79 @@ def _as_list(texts, name: str) -> tuple[list[str], bool]:
     return texts, single
 
 
-def _row(model: LanguageModel, text: str) -> Row:
-    """What a model reads of a prompt. Raises UserError where that leaves no room."""
-    ids = [*model.prefix, *model.tokenizer.encode(text)] or [model.tokenizer.bos_id]
+def _as_prompts(prompts) -> tuple[list[str] | list[Conversation], bool]:
+    """The prompts as a list, all texts or all conversations, and whether there was just one."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        return _as_list(prompts, "prompts")
+    if isinstance(prompts[0], Mapping):
+        return [prompts], True
+    if all(isinstance(prompt, Sequence) and not isinstance(prompt, str) for prompt in prompts):
+        return list(prompts), False
+    return _as_list(prompts, "prompts")
+
+
+def _read(
+    model: LanguageModel, prompts, target: str | None, settings: Settings
+) -> tuple[list[Row], Settings]:
+    """What a model reads of prompts, and the settings with what follows from their kind.
+
+    Raises UserError for prompts that leave no room.
+    """
+    _check_task(model, "generate", "language_modelling", "instruction", "translation")
+    tokenizer, chats = model.tokenizer, bool(prompts) and not isinstance(prompts[0], str)
+    translates = model.config.task == "translation"
+    if translates and chats:
+        raise UserError("a translation model takes texts, not messages")
+    end = turn_end(tokenizer) if chats else tokenizer.eos_id
+    settings = dataclasses.replace(settings, eos_id=end, starts_text=chats or translates)
+    if translates:
+        sources = _sources(model, prompts, target)
+        return [Row([*model.prefix], source) for source in sources], settings
+    if target is not None:
+        raise UserError(f"target={target!r} is for a translation model: leave it out")
+    if chats:
+        rows = [
+            encode_prompt(tokenizer, read_messages(p, f"prompts[{i}]"))
+            for i, p in enumerate(prompts)
+        ]
+    else:
+        start = [*model.prefix]
+        rows = [start + ids or [tokenizer.bos_id] for ids in tokenizer.encode_batch(prompts)]
     longest = model.config.model.max_seq_len
-    if len(ids) >= longest:
+    for prompt, ids in zip(prompts, rows, strict=True):
+        if len(ids) >= longest:
+            raise UserError(
+                f"the prompt {str(prompt)[:30]!r}... has {len(ids)} tokens and leaves no room for "
+                f"new ones: the model handles {longest} (model.max_seq_len) in all; shorten it"
+            )
+    return list(map(Row, rows)), settings
+
+
+def _sources(model: LanguageModel, texts: list[str], target: str | None) -> list[list[int]]:
+    """What the encoder reads to translate texts into a language."""
+    known = languages_of(model.tokenizer)
+    if target is None and len(known) > 1:
+        raise UserError(f"the model translates into {', '.join(known)}: choose one by target=")
+    if target is None and known:
+        (target,) = known
+    if target is not None and target not in known:
+        raise unknown_language(target, known)
+    sources = encode_sources(model.tokenizer, texts, [target] * len(texts))
+    for i, source in enumerate(sources):
+        _check_length(model, f"source text {i}", len(source), "shorten it")
+    return sources
+
+
+def _check_length(model: LanguageModel, what: str, length: int, remedy: str) -> None:
+    if length > (longest := model.config.model.max_seq_len):
         raise UserError(
-            f"the prompt {text[:30]!r}... has {len(ids)} tokens and leaves no room for new ones: "
-            f"the model handles {longest} (model.max_seq_len) in all; shorten it"
+            f"{what} has {length} tokens, but the model was built for {longest} "
+            f"(model.max_seq_len): {remedy}"
         )
-    return Row(ids)
+
+
+def _check_task(model: LanguageModel, function: str, *tasks: str) -> None:
+    """Raise UserError where a function is of no use with a model."""
+    if (task := model.config.task) not in tasks:
+        better = "jaxlm.classify" if task == "classification" else "jaxlm.generate"
+        raise UserError(f"jaxlm.{function} takes no model of task={task}: use {better}")

@@ -40,6 +40,7 @@ class Tokenizer:
         special_ids: ids of special (control) pieces by name: no text is encoded to one, not even
             one that spells it.
         chat_template: how messages become a text, in Jinja; or None.
+        adds_space: whether encoding puts a space before the text, for decoding to take away.
         model: the model file, byte for byte.
         file_name: what that file is called in a folder.
         fingerprint: SHA-256 of `model`.
@@ -52,10 +53,9 @@ class Tokenizer:
     prefix: list[int]
     special_ids: dict[str, int]
     chat_template: str | None
+    adds_space: bool
     # The bytes each id stands for (none for special ids).
     _bytes: list[bytes]
-    # Whether encoding puts a space before the text, for decoding to take away.
-    _adds_space: bool
 
     def __init__(self, model: bytes):
         self.model = model
@@ -83,7 +83,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special and unknown ids are nothing, broken UTF-8 becomes U+FFFD."""
         text = self.decode_bytes(ids).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self._adds_space else text
+        return text.removeprefix(" ") if self.adds_space else text
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """UTF-8 of `ids`, which may begin or end inside a character: what streaming needs."""
@@ -124,7 +124,7 @@ class SentencePieceTokenizer(Tokenizer):
         controls = filter(self._processor.is_control, range(self.vocab_size))
         self.special_ids = {self._processor.id_to_piece(i): i for i in controls}
         self._bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
-        self._adds_space = self._processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
+        self.adds_space = self._processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._mark_ids = mark if all(map(self._processor.is_byte, mark)) else []
         pieces = map(self._processor.id_to_piece, range(self.vocab_size))
@@ -215,7 +215,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.special_ids = {token.content: i for i, token in added if token.special}
         self._bytes = self._make_bytes(vocabulary)
         first = self._encode_batch(["a"])[0][:1]
-        self._adds_space = bool(first) and self._bytes[first[0]].startswith(b" ")
+        self.adds_space = bool(first) and self._bytes[first[0]].startswith(b" ")
         whole = self._tokenizer.encode("a")
         self.prefix = whole.ids[: [*whole.special_tokens_mask, 0].index(0)]
 

@@ -109,7 +109,7 @@ def pair(request, tmp_path_factory):
     return model, program, program.prepare(params)
 
 
-def beam_search_of_transformers(model, start, beams: Beams, source=None):
+def beam_search_of_transformers(model, start, beams: Beams, source=None, eos_id=EOS):
     """[(tokens without the end-of-text, score)], the best first."""
     settings = transformers.GenerationConfig(
         num_beams=beams.num_beams,
@@ -118,7 +118,7 @@ def beam_search_of_transformers(model, start, beams: Beams, source=None):
         num_return_sequences=beams.num_beams,
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
-        eos_token_id=EOS,
+        eos_token_id=eos_id,
         pad_token_id=0,
         output_scores=True,
         return_dict_in_generate=True,
@@ -131,18 +131,18 @@ def beam_search_of_transformers(model, start, beams: Beams, source=None):
         inputs["attention_mask"] = torch.ones_like(inputs["inputs"])
     out = model.generate(**inputs, generation_config=settings)
     texts = [row[start.shape[1] :] for row in out.sequences.tolist()]
-    texts = [text[: text.index(EOS)] if EOS in text else text for text in texts]
+    texts = [text[: text.index(eos_id)] if eos_id in text else text for text in texts]
     return list(zip(texts, out.sequences_scores.tolist(), strict=True))
 
 
-def assert_it_is_theirs(model, program, params, beams: Beams, starts, sources=None):
+def assert_it_is_theirs(model, program, params, beams, starts, sources=None, eos_id=EOS):
     """Searches as transformers does; returns how many texts ended by themselves."""
     found = program.beam_search(
-        params, starts, max_new_tokens=NEW_TOKENS, beams=beams, eos_id=EOS, sources=sources
+        params, starts, max_new_tokens=NEW_TOKENS, beams=beams, eos_id=eos_id, sources=sources
     )
     for i, row in enumerate(found):
         source = None if sources is None else sources[i]
-        wanted = beam_search_of_transformers(model, starts[i], beams, source)
+        wanted = beam_search_of_transformers(model, starts[i], beams, source, eos_id)
         assert [h.tokens for h in row] == [text for text, _ in wanted]
         np.testing.assert_allclose([h.score for h in row], [s for _, s in wanted], rtol=1e-4)
     return sum(len(h.tokens) < NEW_TOKENS for row in found for h in row)
@@ -173,24 +173,29 @@ def test_it_is_the_search_of_an_encoder_decoder(build):
     rng = np.random.default_rng(4)
     sources = [rng.integers(8, VOCABULARY, n).tolist() for n in (6, 1, 9, 4)]
     starts = [[0]] * len(sources)
+    options = {"max_new_tokens": NEW_TOKENS, "sources": sources}
+    free = program.beam_search(params, starts, beams=Beams(4), eos_id=None, **options)
+    options["eos_id"] = eos_id = free[0][0].tokens[4]
+    ended = 0
     for beams in (Beams(4, 0.6), Beams(4, 1.0, early_stopping=True)):
-        ended = assert_it_is_theirs(theirs, program, params, beams, starts, sources)
-    print(ended)
-    (greedy,) = program.generate(
-        params, starts, max_new_tokens=NEW_TOKENS, sampling=GREEDY, eos_id=EOS, sources=sources
-    )
-    one = program.beam_search(
-        params, starts, max_new_tokens=NEW_TOKENS, beams=Beams(1), eos_id=EOS, sources=sources
-    )
-    assert texts_of(one) == [[text] for text in greedy]
-    alone = program.beam_search(
-        params, starts[:1], max_new_tokens=NEW_TOKENS, beams=beams, eos_id=EOS, sources=sources[:1]
-    )
+        ended += assert_it_is_theirs(theirs, program, params, beams, starts, sources, eos_id)
+    assert ended, "some texts should end by themselves"
+    (greedy,) = program.generate(params, starts, sampling=GREEDY, **options)
     assert len({tuple(text) for text in greedy}) > 1, "the source should matter"
-    (best, *_), *_ = program.beam_search(
-        params, starts, max_new_tokens=NEW_TOKENS, beams=beams, eos_id=EOS, sources=sources
+    found = program.beam_search(params, starts, beams=Beams(1), **options)
+    assert texts_of(found) == [[text] for text in greedy]
+
+
+def test_the_score_of_an_encoder_decoder_is_that_of_its_beams():
+    _, model, params = marian()
+    program = build_decode_program(model, make_mesh("dp1"))
+    params = program.prepare(jax.tree.map(jnp.asarray, params))
+    starts, sources = [[0], [0]], [[9, 8, 30, 17], [40]]
+    found = program.beam_search(
+        params, starts, max_new_tokens=5, beams=Beams(2, 0.0), eos_id=None, sources=sources
     )
-    assert alone[0][0].tokens == best.tokens
-    ends = [EOS] if len(best.tokens) < NEW_TOKENS else []
-    (logprobs,) = program.score(params, [[0, *best.tokens, *ends]], sources[:1])
-    assert logprobs.sum() / len(logprobs) == pytest.approx(best.score, rel=1e-4)
+    texts = [start + row[0].tokens for start, row in zip(starts, found, strict=True)]
+    for row, logprobs in zip(found, program.score(params, texts, sources), strict=True):
+        assert logprobs.sum() == pytest.approx(row[0].score, rel=1e-4)
+    swapped = program.score(params, texts, sources[::-1])
+    assert abs(swapped[0].sum() - found[0][0].score) > 1e-2

@@ -1,8 +1,10 @@
 """The sample command."""
 
 import io
+import json
 
 import pytest
+from loaded import loaded
 
 import jaxlm
 from jaxlm import sample
@@ -36,3 +38,98 @@ def test_mistakes_are_one_sentence(trained_run):
     for arguments in ([str(trained_run), "--promt=a"], [], ["/nowhere", "--prompt=a"]):
         with pytest.raises(UserError):
             sample.main(arguments)
+
+
+@pytest.fixture
+def run_of(monkeypatch, capsys):
+    """Runs the command on a random model of a task; gives what it printed."""
+
+    def run(task: str, *arguments: str, typed: tuple[str, ...] | None = None) -> str:
+        monkeypatch.setattr(sample, "load", lambda *_: loaded(task))
+        if typed is not None:
+            lines = iter([*typed, ""])
+            monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+        sample.main(["run", *arguments])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_beams_are_those_of_the_api(run_of):
+    made = run_of("language_modelling", "--prompt=fox", "--num_beams=3", "--max_new_tokens=8")
+    model = loaded("language_modelling")
+    assert made == f"fox{jaxlm.generate(model, 'fox', num_beams=3, max_new_tokens=8)}\n"
+
+
+def test_a_translation_is_printed_alone(run_of):
+    model, settings = loaded("translation"), ["--target=fr", "--max_new_tokens=8"]
+    made = run_of("translation", "--prompt=the fox", *settings)
+    assert made == jaxlm.translate(model, "the fox", "fr", max_new_tokens=8) + "\n"
+    sampled = {"temperature": 0.9, "seed": 3, "max_new_tokens": 8, "target": "fr"}
+    made = run_of("translation", "--prompt=fox", "--temperature=0.9", "--seed=3", *settings)
+    assert made == jaxlm.generate(model, "fox", **sampled) + "\n"
+
+
+def test_a_classifier_prints_label_and_probabilities(run_of):
+    found = jaxlm.classify(loaded("classification"), "the fox")
+    made = run_of("classification", "--prompt=the fox").split()
+    assert made[0] == made[1] == found.label
+    assert float(made[2]) == pytest.approx(found.probabilities[found.label], abs=1e-4)
+
+
+def test_a_chat_remembers_what_was_said(run_of):
+    model, settings = loaded("instruction"), {"max_new_tokens": 6, "temperature": 0}
+    talk = [{"role": "system", "content": "dog"}, {"role": "user", "content": "a"}]
+    first = jaxlm.generate(model, talk, **settings)
+    talk += [{"role": "assistant", "content": first}, {"role": "user", "content": "b"}]
+    second = jaxlm.generate(model, talk, **settings)
+    options = ["--chat", "--system=dog", "--max_new_tokens=6", "--temperature=0"]
+    assert run_of("instruction", *options, typed=("a", "b")) == f"{first}\n{second}\n"
+
+
+def test_a_file_of_prompts_gives_json_lines(run_of, tmp_path):
+    settings = {"max_new_tokens": 6, "temperature": 0}
+    options = ["--max_new_tokens=6", "--temperature=0"]
+    plain, mixed, out = (tmp_path / name for name in ("a.txt", "b.jsonl", "out.jsonl"))
+    plain.write_text("the fox\na\u2028b\n", encoding="utf-8")
+    model = loaded("instruction")
+    lines = run_of("instruction", f"--prompts={plain}", *options).split("\n")
+    made = [json.loads(line) for line in lines[:-1]]
+    texts = ["the fox", "a\u2028b"]
+    wanted = jaxlm.generate(model, texts, **settings)
+    assert made == [{"prompt": p, "text": t} for p, t in zip(texts, wanted, strict=True)]
+    talk = [{"role": "user", "content": "fox"}]
+    requests = [{"messages": talk}, {"prompt": "the fox", "id": 7}]
+    mixed.write_text("".join(json.dumps(r) + "\n" for r in requests))
+    assert run_of("instruction", f"--prompts={mixed}", f"--out={out}", *options) == ""
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        requests[0] | {"text": jaxlm.generate(model, talk, **settings)},
+        requests[1] | {"text": wanted[0]},
+    ]
+    (found,) = run_of("classification", f"--prompts={plain}").splitlines()[:1]
+    assert json.loads(found).keys() == {"prompt", "label", "probabilities"}
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "words"),
+    [
+        ("language_modelling", ["--out=a", "--prompt=b"], "--out has no effect without --prompts"),
+        ("language_modelling", ["--system=a"], "without --chat"),
+        ("language_modelling", ["--chat"], "no chat template"),
+        ("translation", ["--chat"], "no chat template"),
+        ("language_modelling", ["--prompts=a", "--prompt=b"], "leave out --prompt"),
+        ("language_modelling", ["--prompts=nowhere"], "No such file"),
+        ("language_modelling", ["--prompts=BAD"], "line 2 of"),
+        ("language_modelling", ["--prompt=b", "--target=de"], "translation model"),
+        ("language_modelling", ["--prompt=b", "--length_penalty=2"], "num_beams too"),
+        ("translation", ["--prompt=b"], "de, fr"),
+        ("classification", ["--prompt=b", "--top_k=2"], "--top_k has no effect on a classifier"),
+        ("classification", ["--chat"], "--chat has no effect"),
+    ],
+)
+def test_what_does_not_apply_is_one_sentence(run_of, task, arguments, words, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n{"text": "a"}\n')
+    with pytest.raises(UserError) as error:
+        run_of(task, *(argument.replace("BAD", str(bad)) for argument in arguments))
+    assert words in str(error.value) and "\n" not in str(error.value)

@@ -1,7 +1,7 @@
 """Instruction tuning: the assistant's turns of talks, which a chat template writes out."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class Instruction(Examples):
     def read(self, record: Record, origin: Origin) -> Talk:
         prompt, completion, messages = self.columns
         if messages.name in record.values:
-            talk = self._messages(record)
+            talk = read_messages(record.value(MESSAGES), record.where)
         elif {prompt.name, completion.name} <= record.values.keys():
             talk = (
                 Message("user", record.text(prompt)),
@@ -62,15 +62,6 @@ class Instruction(Examples):
         if all(message.role != "assistant" for message in talk):
             raise record.bad("no turn is the assistant's", "add one")
         return talk
-
-    def _messages(self, record: Record) -> Talk:
-        value = record.value(MESSAGES)
-        if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-            raise UserError(
-                f"{record.where}: messages holds {str(value)[:40]!r}: write a list of objects with "
-                "role and content"
-            )
-        return tuple(_message(turn, f"{record.where}, turn {n}") for n, turn in enumerate(value, 1))
 
     def key(self, item: Talk) -> str:
         answer = next(n for n, message in enumerate(item) if message.role == "assistant")
@@ -102,7 +93,18 @@ class Instruction(Examples):
         return Encoded(Example(arrays), num_bytes)
 
 
-def _message(turn: dict[str, Any], where: str) -> Message:
+def read_messages(turns: Any, where: str) -> Talk:
+    """The messages of a talk: objects with `role` and `content`. Raises UserError for others."""
+    is_list = isinstance(turns, Sequence) and not isinstance(turns, str)
+    if not is_list or not all(isinstance(turn, Mapping) for turn in turns):
+        raise UserError(
+            f"{where}: messages holds {str(turns)[:40]!r}: write a list of objects with role and "
+            "content"
+        )
+    return tuple(_message(turn, f"{where}, turn {n}") for n, turn in enumerate(turns, 1))
+
+
+def _message(turn: Mapping[str, Any], where: str) -> Message:
     values = {name: turn[name] for name in ("role", "content") if name in turn}
     record = Record(where, values, list(turn))
     role = record.text(ROLE)

@@ -185,6 +185,12 @@ def tag(language: str) -> str:
     return f">>{language}<<"
 
 
+def languages_of(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The target languages whose tags a tokenizer has."""
+    found = (re.fullmatch(tag(f"({LANGUAGE.pattern})"), name) for name in tokenizer.special_ids)
+    return tuple(match[1] for match in found if match)
+
+
 def tag_ids(tokenizer: Tokenizer, language: str | None) -> list[int]:
     """The tag's id; none without a language. Raises UserError where it is no special piece."""
     if language is None:

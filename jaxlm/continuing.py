@@ -159,10 +159,10 @@ def _generate(model, rows: list[Row], samples: list[int], settings: Settings, **
 def _sample(model, rows: list[Row], samples: list[int], settings: Settings) -> list[list[str]]:
     options = {}
     if settings.stops:
-        stopped = lambda tokens: _cut(_text(model, tokens, settings), settings.stops)[1]  # noqa: E731
+        stopped = lambda tokens: _text(model, tokens, settings)[1]  # noqa: E731
         options = {"chunk": STOP_CHECK_TOKENS, "stopped": stopped}
     *_, made = _generate(model, rows, samples, settings, **options)
-    return [[_cut(_text(model, tokens, settings), settings.stops)[0]] for tokens in made]
+    return [[_text(model, tokens, settings)[0]] for tokens in made]
 
 
 def _search(model, rows: list[Row], _, settings: Settings) -> list[list[str]]:
@@ -174,22 +174,18 @@ def _search(model, rows: list[Row], _, settings: Settings) -> list[list[str]]:
         beams=settings.beams,
         eos_id=settings.eos_id,
     )
-    return [
-        [
-            _cut(_text(model, h.tokens, settings), settings.stops)[0]
-            for h in row[: settings.num_samples]
-        ]
-        for row in found
-    ]
+    count = settings.num_samples
+    return [[_text(model, h.tokens, settings)[0] for h in row[:count]] for row in found]
 
 
 def _sources(rows: list[Row]) -> list[list[int]] | None:
     return None if rows[0].source is None else [row.source for row in rows]
 
 
-def _text(model: LanguageModel, tokens: list[int], settings: Settings) -> str:
+def _text(model: LanguageModel, tokens: list[int], settings: Settings) -> tuple[str, bool]:
+    """The text of tokens before the first stop string, and whether there was one."""
     text = model.tokenizer.decode_bytes(tokens).decode("utf-8", errors="replace")
-    return _trimmed(model, text, settings)
+    return _cut(_trimmed(model, text, settings), settings.stops)
 
 
 def _trimmed(model: LanguageModel, text: str, settings: Settings) -> str:

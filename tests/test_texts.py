@@ -158,17 +158,20 @@ def test_beam_settings_out_of_range_are_one_sentence(settings, words):
 
 
 def test_a_text_of_its_own_loses_the_space_that_a_tokenizer_adds(monkeypatch):
-    model, ids = loaded("translation"), {}
+    def made(task: str, adds_space: bool) -> str:
+        model = loaded(task)
+        ids = model.tokenizer.encode(" the fox ")
 
-    def generate_ids(_, prompts, chunk=None, **__):
-        made = ids["made"]
-        steps = range(1, len(made) + 1) if chunk else [len(made)]
-        yield from ([made[:n]] for n in steps)
+        def generate_ids(*_, chunk=None, **__):
+            yield from ([ids[:n]] for n in (range(1, len(ids) + 1) if chunk else [len(ids)]))
 
-    ids["made"] = model.tokenizer.encode(" the fox ")
-    monkeypatch.setattr(type(model.program), "generate", generate_ids)
-    for adds_space, wanted in ((True, "the fox "), (False, " the fox ")):
+        monkeypatch.setattr(type(model.program), "generate", generate_ids)
         monkeypatch.setattr(model.tokenizer, "adds_space", adds_space)
-        assert generate(model, "a", target="de") == wanted
-        assert "".join(generate(model, "a", target="de", stream=True)) == wanted
-        assert generate(loaded("language_modelling"), "a") == " the fox "
+        options = {"target": "de"} if task == "translation" else {}
+        text = generate(model, "a", **options)
+        assert "".join(generate(model, "a", stream=True, **options)) == text
+        return text
+
+    assert made("translation", adds_space=True) == "the fox "
+    assert made("translation", adds_space=False) == " the fox "
+    assert made("language_modelling", adds_space=True) == " the fox "

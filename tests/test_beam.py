@@ -120,6 +120,7 @@ def beam_search_of_transformers(model, start, beams: Beams, source=None, eos_id=
         do_sample=False,
         eos_token_id=eos_id,
         pad_token_id=0,
+        decoder_start_token_id=0,
         output_scores=True,
         return_dict_in_generate=True,
     )

@@ -262,8 +262,9 @@ def _read(
     longest = model.config.model.max_seq_len
     for prompt, ids in zip(prompts, rows, strict=True):
         if len(ids) >= longest:
+            text = prompt[-1]["content"] if chats else prompt
             raise UserError(
-                f"the prompt {str(prompt)[:30]!r}... has {len(ids)} tokens and leaves no room for "
+                f"the prompt {text[:30]!r}... has {len(ids)} tokens and leaves no room for "
                 f"new ones: the model handles {longest} (model.max_seq_len) in all; shorten it"
             )
     return list(map(Row, rows)), settings

@@ -176,9 +176,9 @@ def test_it_is_the_search_of_an_encoder_decoder(build):
     starts = [[0]] * len(sources)
     options = {"max_new_tokens": NEW_TOKENS, "sources": sources}
     free = program.beam_search(params, starts, beams=Beams(4), eos_id=None, **options)
-    options["eos_id"] = eos_id = free[0][0].tokens[4]
+    options["eos_id"] = eos_id = free[0][0].tokens[2]
     ended = 0
-    for beams in (Beams(4, 0.6), Beams(4, 1.0, early_stopping=True)):
+    for beams in (Beams(4, 0.6), Beams(4, -1.0), Beams(4, 1.0, early_stopping=True)):
         ended += assert_it_is_theirs(theirs, program, params, beams, starts, sources, eos_id)
     assert ended, "some texts should end by themselves"
     (greedy,) = program.generate(params, starts, sampling=GREEDY, **options)

@@ -61,7 +61,7 @@ class NgramProgram:
         """Raises UserError: histories are looked up on the host, a search is compiled."""
         raise UserError("an N-gram model is sampled from, not searched: leave out num_beams")
 
-    def score(self, ngram: Ngram, texts: list[list[int]]) -> list[np.ndarray]:
+    def score(self, ngram: Ngram, texts: list[list[int]], sources: None = None) -> list[np.ndarray]:
         """log P of each token after a text's first, in nats."""
         places = np.concatenate([np.arange(len(text)) for text in texts])
         logprobs = ngram.token_logprobs(np.concatenate(texts), places)

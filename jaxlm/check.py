@@ -147,6 +147,10 @@ def shrink(model: ModelConfig, width: int) -> ModelConfig:
             "--width out"
         )
 
+    vocab_size = min(model.vocab_size, SHRUNK_VOCABULARY)
+    if model.is_recurrent:
+        return dataclasses.replace(model, d_model=width, vocab_size=vocab_size)
+
     def scaled(size: int | None, multiple: int) -> int | None:
         if not size:
             return size
@@ -163,7 +167,7 @@ def shrink(model: ModelConfig, width: int) -> ModelConfig:
         head_dim=scaled(model.head_size, 2),
         d_ff=scaled(model.d_ff, 8),
         experts=experts,
-        vocab_size=min(model.vocab_size, SHRUNK_VOCABULARY),
+        vocab_size=vocab_size,
     )
 
 

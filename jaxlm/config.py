@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from jaxlm.axes import parse_mesh
-from jaxlm.errors import UserError, check_read, nearest_divisor, needs
+from jaxlm.errors import UserError, check_read, nearest_divisor, needs, show
 from jaxlm.model_config import STRICT, ModelConfig
 from jaxlm.values import (
     Count,
@@ -324,6 +324,7 @@ class Config:
             )
         if self.model.kind == "ngram":
             self._check_ngram()
+        self._check_source()
         if self.seq_len > self.model.max_seq_len:
             raise UserError(
                 f"data.seq_len={self.seq_len} is more than the model handles (model.max_seq_len="
@@ -371,6 +372,15 @@ class Config:
             raise UserError(
                 f"mesh={self.mesh} has several devices, but n-grams are counted on the host: leave "
                 "mesh out"
+            )
+
+    def _check_source(self):
+        has_encoder, layers = self.model.reads_source, self.model.encoder_layers
+        if has_encoder != (self.task == "translation"):
+            right = "leave it out" if has_encoder else f"set it to {self.model.num_layers}"
+            raise UserError(
+                f"model.encoder_layers={show(layers)} does not fit task={self.task}, as an encoder "
+                f"reads the source of a translation: {right}"
             )
 
     @property

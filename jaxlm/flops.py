@@ -26,6 +26,8 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, frozen: bool = F
     gradient, and adapters beside them are too few to count.
     """
     c = config
+    if c.is_recurrent:
+        return _recurrent_flops_per_token(c, seq_len)
     heads = c.d_model * c.head_size * (2 * c.num_heads + 2 * c.kv_heads)
     width = c.d_ff
     if c.experts is not None:  # of experts, those that a token goes to
@@ -43,6 +45,16 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, frozen: bool = F
         head += c.d_model**2
     weights = (4.0 if frozen else 6.0) * (layers + head)
     return weights + 12 * attentions * c.num_heads * c.head_size * seq_len
+
+
+def _recurrent_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """As above; a source is as long as its target."""
+    c = config
+    gates = {"rnn": 1, "gru": 3, "lstm": 4}[c.kind]
+    layers = c.num_layers + (c.encoder_layers or 0)
+    weights = layers * 2 * gates * c.d_model**2 + c.d_model * c.vocab_size
+    attended = 12 * c.d_model * (seq_len + c.d_model) if c.source_attention else 0
+    return 6.0 * weights + attended
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:

@@ -5,80 +5,14 @@ Every field's docstring is its line in `--help`; every default stands here and n
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from jaxlm.errors import UserError, check_read, nearest_divisor, needs, show
-from jaxlm.values import Count, Fraction, Natural, NonNegative, Positive, as_tuple
+from jaxlm.model_parts import STRICT, ExpertsConfig, RopeScaling
+from jaxlm.values import Count, Fraction, Natural, Positive, as_tuple
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-@dataclass(frozen=True, config=STRICT)
-class RopeScaling:
-    """How rotary frequencies are stretched to contexts longer than those first trained on."""
-
-    kind: Literal["linear", "llama3"] = "linear"
-    """`linear` divides every frequency by `factor`; `llama3` only the low ones, with a ramp."""
-    factor: Positive = 1.0
-    """By how much low frequencies are divided."""
-    low_freq_factor: Positive = 1.0
-    """llama3: wavelengths above original_max_seq_len / this are divided in full."""
-    high_freq_factor: Positive = 4.0
-    """llama3: wavelengths below original_max_seq_len / this are left alone."""
-    original_max_seq_len: Count = 8192
-    """llama3: the context length before scaling."""
-
-    def __post_init__(self):
-        llama3 = needs("model.rope_scaling", self, "kind", "llama3")
-        check_read(
-            "model.rope_scaling",
-            self,
-            low_freq_factor=llama3,
-            high_freq_factor=llama3,
-            original_max_seq_len=llama3,
-        )
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise UserError(
-                f"model.rope_scaling.high_freq_factor={self.high_freq_factor} must be above "
-                f"low_freq_factor={self.low_freq_factor}: raise it, or lower the other"
-            )
-
-
-@dataclass(frozen=True, config=STRICT)
-class ExpertsConfig:
-    """A mixture of experts in place of the feed-forward layer: Mixtral, Qwen3-MoE, DeepSeek."""
-
-    num_experts: Count = 8
-    """Experts the router chooses among."""
-    top_k: Count = 2
-    """Experts a token goes to."""
-    d_ff: Count | None = None
-    """Width of an expert; null: model.d_ff."""
-    d_shared: Natural = 0
-    """Width of the shared expert, which every token goes to; 0: there is none."""
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    """How router logits become scores: over all experts, or each alone (DeepSeek-V3)."""
-    normalize: bool = True
-    """Divide the chosen experts' scores by their sum."""
-    scale: Positive = 1.0
-    """Factor on the chosen experts' weights (DeepSeek)."""
-    balance_loss: NonNegative = 0.01
-    """Weight of the load-balancing loss, taken over each row (Fedus et al., 2021)."""
-    router_z_loss: NonNegative = 0.0
-    """Weight of the squared log-normaliser of router logits (Zoph et al., 2022)."""
-    bias_rate: NonNegative = 0.0
-    """Step of a bias per expert, against its load, that only choosing sees (Wang et al., 2024)."""
-    capacity: Positive | None = None
-    """Places per expert in each row, as a multiple of the even share; the tokens beyond are dropped
-    and counted; null: no limit, and no token is ever dropped."""
-
-    def __post_init__(self):
-        if self.top_k > self.num_experts:
-            raise UserError(
-                f"model.experts.top_k={self.top_k} is more than model.experts.num_experts="
-                f"{self.num_experts}: use {self.num_experts} or less"
-            )
+RECURRENT = "rnn", "gru", "lstm"
 
 
 def _norm_name(value):
@@ -88,6 +22,11 @@ def _norm_name(value):
 
 # The only fields that have a meaning where nothing is learnt by gradients.
 NGRAM_READS = ("preset", "kind", "vocab_size", "max_seq_len", "order")
+# What a recurrent model reads; the rest is of Transformers.
+RECURRENT_READS = {*NGRAM_READS, "d_model", "num_layers", "encoder_layers", "reverse_source"}
+RECURRENT_READS |= {"source_attention", "tie_embeddings", "scale_logits", "logits_bias"}
+RECURRENT_READS |= {"logit_softcap", "dropout", "recurrent_dropout", "word_dropout", "init_mean"}
+RECURRENT_READS |= {"init_std", "dtype", "stack", "remat"}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -111,7 +50,12 @@ class ModelConfig:
     num_layers: Count = 4
     """Number of Transformer blocks, in an encoder-decoder of its decoder."""
     encoder_layers: Count | None = None
-    """Layers of the encoder; null: of an encoder_decoder as many as num_layers."""
+    """Layers of the encoder; null: of an encoder_decoder as many as num_layers, and a recurrent
+    model has no encoder."""
+    reverse_source: bool = True
+    """A recurrent encoder reads each source from its last token to its first (Sutskever et al.)."""
+    source_attention: bool = False
+    """A recurrent decoder attends to the encoder's outputs by dot products (Luong et al., 2015)."""
     num_heads: Count = 8
     """Query heads."""
     num_kv_heads: Count | None = 4
@@ -193,9 +137,14 @@ class ModelConfig:
     pooler: bool = False
     """A layer with tanh between an encoder and its classifier's head (BERT, RoBERTa)."""
     dropout: Fraction = 0.0
-    """Dropout after the embedding and after each sub-layer."""
+    """Dropout after the embedding and after each sub-layer; in a recurrent model, on what each
+    layer and the head read, with one mask for a whole text (Gal and Ghahramani, 2016)."""
     attention_dropout: Fraction = 0.0
     """Dropout on attention probabilities."""
+    recurrent_dropout: Fraction = 0.0
+    """Dropout on what a recurrent layer's product reads of its state, as `dropout` is."""
+    word_dropout: Fraction = 0.0
+    """Dropout on words of a recurrent model, of each on all that it occurs in a text."""
     init_mean: float = 0.0
     """Mean of the Gaussian that draws every matrix."""
     init_std: Positive = 0.02
@@ -212,7 +161,9 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
 
     def __post_init__(self):
-        self._check_heads()
+        self._check_recurrent()
+        if not self.is_recurrent:
+            self._check_heads()
         self._check_attention()
         self._check_kind()
         rotary = needs("model", self, "positions", "rotary")
@@ -235,6 +186,29 @@ class ModelConfig:
             relative_buckets=relative,
             relative_max_distance=relative,
         )
+
+    def _check_recurrent(self):
+        """What recurrent models alone read, and what they do not."""
+        recurrent = needs("model", self, "kind", *RECURRENT)
+        has_encoder = self.is_recurrent and self.reads_source
+        encoder = has_encoder, "model.encoder_layers of a recurrent model"
+        transformer = not self.is_recurrent, "a Transformer such as model.kind=decoder"
+        others = sorted(self.__dataclass_fields__.keys() - RECURRENT_READS)
+        check_read(
+            "model",
+            self,
+            recurrent_dropout=recurrent,
+            word_dropout=recurrent,
+            reverse_source=encoder,
+            source_attention=encoder,
+            **dict.fromkeys(others, transformer),
+        )
+        if has_encoder and self.encoder_layers != self.num_layers:
+            raise UserError(
+                f"model.encoder_layers={self.encoder_layers} is not model.num_layers="
+                f"{self.num_layers}, but the encoder's layers of model.kind={self.kind} hand their "
+                "states to the decoder's: use the same number of both"
+            )
 
     def _check_heads(self):
         if self.head_dim is None and self.d_model % self.num_heads:
@@ -297,7 +271,7 @@ class ModelConfig:
         check_read(
             "model",
             self,
-            encoder_layers=needs("model", self, "kind", "encoder_decoder", "rnn", "gru", "lstm"),
+            encoder_layers=needs("model", self, "kind", "encoder_decoder", *RECURRENT),
             layer_pattern=alone,
             experts=has_stack,
             parallel_residual=has_stack,
@@ -341,6 +315,23 @@ class ModelConfig:
     def source_layers(self) -> int:
         """Layers of an encoder_decoder's encoder, resolved."""
         return self.encoder_layers or self.num_layers
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether layers step through a text with a state, instead of attending to it."""
+        return self.kind in RECURRENT
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether the model is of a target text from a source text."""
+        has_encoder = self.is_recurrent and self.encoder_layers is not None
+        return has_encoder or self.kind == "encoder_decoder"
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped in training."""
+        rates = self.dropout, self.attention_dropout, self.recurrent_dropout, self.word_dropout
+        return any(rates)
 
     @property
     def kv_heads(self) -> int:

@@ -150,6 +150,28 @@ PRESETS: dict[str, dict] = {
         tie_embeddings=False,
         experts={"num_experts": 128, "top_k": 8, "d_ff": 768, "balance_loss": 1e-3},
     ),
+    "lstm-tiny": {"kind": "lstm", "d_model": 256, "num_layers": 2, "init_std": 0.05},
+    # The medium model of Zaremba et al. (2014), whose weights are drawn from [-0.05, 0.05], with
+    # the dropout of Gal and Ghahramani (2016).
+    "lstm-medium": {
+        "kind": "lstm",
+        "d_model": 650,
+        "num_layers": 2,
+        "tie_embeddings": False,
+        "logits_bias": True,
+        "dropout": 0.35,
+        "recurrent_dropout": 0.2,
+        "word_dropout": 0.2,
+        "init_std": 0.05 / 3**0.5,
+    },
+    "lstm-seq2seq-tiny": {
+        "kind": "lstm",
+        "d_model": 256,
+        "num_layers": 2,
+        "encoder_layers": 2,
+        "source_attention": True,
+        "init_std": 0.05,
+    },
     "gemma-2b": _GEMMA | _size(2048, 18, 8, 16384, num_kv_heads=1),
     "gemma2-2b": _GEMMA2 | _size(2304, 26, 8, 9216, num_kv_heads=4, attention_scale=256**-0.5),
     "gemma3-1b": _GEMMA3 | _size(1152, 26, 4, 6912, num_kv_heads=1, sliding_window=512),

@@ -43,6 +43,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "length": ("cp",),
     # Between sub-layers tp splits positions (sequence parallelism), inside them features.
     "residual_length": ("cp", "tp"),
+    # A recurrence takes its steps one by one: tp splits rows, and no step sends anything.
+    "recurrent_batch": ("dp", "fsdp", "tp"),
     # Work on whole layers that dp would otherwise repeat.
     "layer_updates": ("dp",),
 }
@@ -216,6 +218,8 @@ def check_fits(config: Config, mesh: Mesh, training: bool = True) -> None:
 def _misfit(config: Config, sizes: dict[str, int], training: bool) -> str | None:
     """What does not divide evenly over a mesh of these sizes, and what would; None if all does."""
     model, tp, ep = config.model, sizes["tp"], sizes["ep"]
+    if model.is_recurrent:
+        return _recurrent_misfit(config, sizes, training)
     for key, heads in (("num_heads", model.num_heads), ("num_kv_heads", model.kv_heads)):
         if heads % tp:
             return f"model.{key}={heads} does not divide over tp={tp}: use a multiple of {tp}"
@@ -229,8 +233,18 @@ def _misfit(config: Config, sizes: dict[str, int], training: bool) -> str | None
     return _training_misfit(config, sizes) if training else None
 
 
+def _recurrent_misfit(config: Config, sizes: dict[str, int], training: bool) -> str | None:
+    for axis in ("pp", "cp", "ep"):
+        if sizes[axis] > 1:
+            return (
+                f"model.kind={config.model.kind} reads token after token, which "
+                f"{axis}={sizes[axis]} cannot split: use dp, fsdp and tp"
+            )
+    return _rows_misfit(config, sizes["dp"] * sizes["fsdp"]) if training else None
+
+
 def _training_misfit(config: Config, sizes: dict[str, int]) -> str | None:
-    model, train, cp, pp = config.model, config.train, sizes["cp"], sizes["pp"]
+    model, cp, pp = config.model, sizes["cp"], sizes["pp"]
     if model.kind == "encoder_decoder" and max(cp, pp) > 1:
         axis = f"cp={cp}" if cp > 1 else f"pp={pp}"
         return (
@@ -255,6 +269,12 @@ def _training_misfit(config: Config, sizes: dict[str, int]) -> str | None:
             "leave capacity out"
         )
     shards = sizes["dp"] * sizes["fsdp"] * sizes["ep"]
+    rows = config.train.batch_size // config.train.accumulation // shards
+    return _rows_misfit(config, shards) or (_pipeline_misfit(config, pp, rows) if pp > 1 else None)
+
+
+def _rows_misfit(config: Config, shards: int) -> str | None:
+    train = config.train
     rows = train.batch_size // train.accumulation
     if rows % shards:
         return (
@@ -262,7 +282,7 @@ def _training_misfit(config: Config, sizes: dict[str, int]) -> str | None:
             f"makes micro-batches of {rows} rows, which do not divide over dp x fsdp x ep = "
             f"{shards}: use a multiple of {shards} rows"
         )
-    return _pipeline_misfit(config, pp, rows // shards) if pp > 1 else None
+    return None
 
 
 def _pipeline_misfit(config: Config, pp: int, rows: int) -> str | None:

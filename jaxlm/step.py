@@ -69,10 +69,9 @@ def train_step(state: TrainState, batch: Batch, *, model, optimizer, schedule, c
     targets = jnp.maximum(batch.weights.sum(), 1.0)
     tokens = jnp.maximum(jnp.sum(batch.segment_ids > 0), 1)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    drops = bool(config.model.dropout or config.model.attention_dropout)
 
     def loss_fn(params, micro: Batch, places):
-        dropout = Dropout(key, *places) if drops else None
+        dropout = Dropout(key, *places) if config.model.drops else None
         params = lora.attach(config.lora, state.frozen, params)
         sums, routed = loss_sums(model, params, micro, train, dropout)
         loss = sums.objective(train.z_loss, train.label_smoothing) / targets

@@ -15,6 +15,8 @@ MODELS = [
     ({"kind": "encoder_decoder", "encoder_layers": 3, "tie_embeddings": False}, 3 + 2 * 4),
     ({"kind": "encoder", "pooler": True, "labels": ("a", "b", "c")}, 4),
     ({"labels": ("a", "b", "c")}, 4),
+    ({"kind": "gru", "tie_embeddings": False}, 0),
+    ({"kind": "lstm", "encoder_layers": 4, "source_attention": True, "tie_embeddings": False}, 1),
 ]
 
 

@@ -9,7 +9,17 @@ PACKAGE = Path(__file__).parents[1] / "jaxlm"
 
 # Rooms from the ground up; a package is one room with all its modules.
 FLOORS = [
-    {"errors", "axes", "values", "model_config", "config", "presets", "yaml_file", "cli"},
+    {
+        "errors",
+        "axes",
+        "values",
+        "model_parts",
+        "model_config",
+        "config",
+        "presets",
+        "yaml_file",
+        "cli",
+    },
     {
         "mesh",
         "collectives",

@@ -42,6 +42,7 @@ PUBLISHED = {
     "bert-base": (30522, 109_482_240 - 768 * 769),
     "roberta-base": (50265, 124_645_632 - 768 * 769),
     "minilm-l6": (30522, 22_713_216 - 384 * 385),
+    "lstm-medium": (10000, 19_780_400),
 }
 
 
@@ -58,7 +59,7 @@ def test_number_of_parameters_is_the_published_one(preset):
 
 
 def test_every_preset_is_compared_or_tiny():
-    tiny = {"llama-tiny", "gpt2-tiny", "transformer-tiny"}
+    tiny = {"llama-tiny", "gpt2-tiny", "transformer-tiny", "lstm-tiny", "lstm-seq2seq-tiny"}
     assert PRESETS.keys() - PUBLISHED.keys() == tiny | {"transformer-base"}
 
 

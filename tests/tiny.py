@@ -42,6 +42,8 @@ def tiny_config(model=(), optim=(), train=(), **others) -> Config:
 
 def task_of(preset: str) -> str:
     """A task that a preset's kind of model is trained for."""
+    if PRESETS[preset].get("encoder_layers"):
+        return "translation"
     kind = PRESETS[preset].get("kind", "decoder")
     return next(task for task, kinds in KINDS.items() if kind in kinds)
 

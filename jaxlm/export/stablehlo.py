@@ -40,8 +40,13 @@ def write_stablehlo(folder: Path, model: Model, dtype: str) -> None:
     """Write the functions and parameters of a model into an empty folder.
 
     Parameters are stored as `dtype`; the functions compute in float32. Raises UserError where
-    flatbuffers is not installed.
+    flatbuffers is not installed, and for a model that is no decoder.
     """
+    if model.config.kind != "decoder":
+        raise UserError(
+            "StableHLO export writes model.kind=decoder alone, and this is of kind "
+            f"{model.config.kind}: export a decoder"
+        )
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError("StableHLO export needs flatbuffers: pip install 'jaxlm[stablehlo]'")
     config = dataclasses.replace(

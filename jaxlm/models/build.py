@@ -1,10 +1,11 @@
 """Which model a configuration is of."""
 
 from jaxlm.errors import UserError
-from jaxlm.model_config import ModelConfig
+from jaxlm.model_config import RECURRENT, ModelConfig
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.encoder import Encoder
 from jaxlm.models.encoder_decoder import EncoderDecoder
+from jaxlm.models.recurrent import RecurrentModel
 from jaxlm.parallel.pipeline import Schedule
 
 
@@ -19,4 +20,5 @@ def make_model(config: ModelConfig, schedule: Schedule = Schedule()):  # noqa: B
             "scored with, nothing else"
         )
     kinds = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
+    kinds |= dict.fromkeys(RECURRENT, RecurrentModel)
     return kinds[config.kind](config, schedule)

@@ -12,7 +12,20 @@ from jaxlm.tasks.build import batch_maker, make_form
 
 
 def rows(count):
-    questions = [f"What is {n} plus {n % 7}?" for n in range(count)]
+    names = [
+        "alpha",
+        "bravo",
+        "charlie",
+        "delta",
+        "echo",
+        "foxtrot",
+        "golf",
+        "hotel",
+        "india",
+        "juliet",
+        "kilo",
+    ]
+    questions = [f"What is {n} plus {n % 7}, dear {names[n % 11]}?" for n in range(count)]
     return [{"prompt": q, "completion": f"It is {n}."} for n, q in enumerate(questions)]
 
 

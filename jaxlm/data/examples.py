@@ -24,7 +24,7 @@ from jaxlm.errors import UserError
 EXAMPLE_FORMAT = 1
 # Examples that are placed together, the largest first, and rows that wait for the next of them.
 BLOCK = 1024
-OPEN_ROWS = 64
+OPEN_ROWS = 8
 SCATTER = 2654435761  # 2**32 over the golden ratio
 
 

@@ -25,7 +25,7 @@ def rows(count):
         "juliet",
         "kilo",
     ]
-    questions = [f"What is {n} plus {n % 7}, dear {names[n % 11]}?" for n in range(count)]
+    questions = [f"What is {n} plus {n % 7}, dear {names[n % 8]}?" for n in range(count)]
     return [{"prompt": q, "completion": f"It is {n}."} for n, q in enumerate(questions)]
 
 

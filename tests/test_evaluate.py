@@ -170,9 +170,10 @@ def test_a_classifier_is_evaluated_as_it_was_validated(task_run, capsys, tmp_pat
 @pytest.mark.slow
 def test_translations_are_evaluated_as_they_were_validated(task_run, capsys):
     draw = random.Random(0)
+    known = ["".join(draw.choices("abcdefgh", k=4)) for _ in range(40)]
     lines = []
     for _ in range(200):
-        words = draw.choices(["ab", "cd", "ef", "gh"], k=5)
+        words = draw.choices(known, k=5)
         lines.append(f"{' '.join(words)}\t{' '.join(words).upper()}")
     run = task_run("translation", "encoder_decoder", lines, data__valid_fraction=0.2)
     line = read_metrics(run / "metrics.jsonl")[-1]
@@ -180,6 +181,7 @@ def test_translations_are_evaluated_as_they_were_validated(task_run, capsys):
     found = evaluation.evaluate(jaxlm.load(run, mesh="dp2"), greedy)
     for name in ("valid_loss", "valid_bleu", "valid_chrf"):
         assert found[name] == pytest.approx(line[name], rel=1e-4, abs=1e-6)
+    capsys.readouterr()  # what training printed
     evaluate.main([str(run), "--json", "--limit=5"])
     searched = json.loads(capsys.readouterr().out)
     assert searched["texts"] == 5 and "tok:13a" in searched["signatures"][""]

@@ -23,6 +23,8 @@ SPACE_MARK = "\u2581"
 STRETCH = 4096
 STRETCHES = re.compile(rf"(?s).{{{STRETCH},}}?(?:(?<=[^ ])(?= )|\Z)|.+")
 INNER_SPACE = re.compile(f"[^{SPACE_MARK}]{SPACE_MARK}")
+# How word pieces that continue a word begin.
+INSIDE_WORD = "##"
 CHAT_TEMPLATE = "chat_template.jinja"
 BEGIN_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
 END_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
@@ -37,6 +39,8 @@ class Tokenizer:
         eos_id: what a document ends with, or None.
         prefix: the ids that the tokenizer's own post-processing puts in front of a text, which
             `encode` leaves out: [bos_id] for SentencePiece, [] for GPT-2's tokenizer.json.
+        loses_spaces: decoding is a guess, as with BERT's word pieces: fine for models that only
+            read.
         special_ids: ids of special (control) pieces by name: no text is encoded to one, not even
             one that spells it.
         chat_template: how messages become a text, in Jinja; or None.
@@ -51,6 +55,7 @@ class Tokenizer:
     bos_id: int
     eos_id: int | None
     prefix: list[int]
+    loses_spaces: bool = False
     special_ids: dict[str, int]
     chat_template: str | None
     adds_space: bool
@@ -230,16 +235,20 @@ class HuggingFaceTokenizer(Tokenizer):
     def _make_bytes(self, vocabulary: dict[str, int]) -> list[bytes]:
         decoders = _decoder_types(json.loads(self.model)["decoder"])
         byte_level = "ByteLevel" in decoders
-        if not byte_level and not decoders & {"ByteFallback", "Metaspace"}:
+        self.loses_spaces = "WordPiece" in decoders
+        if not byte_level and not decoders & {"ByteFallback", "Metaspace", "WordPiece"}:
             raise UserError(
                 f"decodes by {' and '.join(sorted(decoders)) or 'joining words'}, which loses "
-                "spaces: use one with a ByteLevel, ByteFallback or Metaspace decoder"
+                "spaces: use one with a ByteLevel, ByteFallback, Metaspace or WordPiece decoder"
             )
         alphabet = _byte_level_alphabet()
         table = [b""] * self.vocab_size
         for piece, i in vocabulary.items():
             if byte_level and all(c in alphabet for c in piece):
                 table[i] = bytes(alphabet[c] for c in piece)
+            elif self.loses_spaces:
+                inside = piece.startswith(INSIDE_WORD)
+                table[i] = (piece.removeprefix(INSIDE_WORD) if inside else f" {piece}").encode()
             else:
                 is_byte = not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", piece) is not None
                 table[i] = _piece_bytes(piece, is_byte)

@@ -10,7 +10,8 @@ import transformers
 
 from jaxlm.errors import UserError
 from jaxlm.export import FAMILIES, family_of
-from jaxlm.export.table import Tensor, _resolved, as_tree, shapes_of
+from jaxlm.export.rows import Tensor
+from jaxlm.export.table import _resolved, as_tree, shapes_of
 from jaxlm.model_config import ModelConfig, RopeScaling
 from jaxlm.models.decoder import Decoder
 from jaxlm.presets import PRESETS

@@ -143,6 +143,14 @@ class Documents(Form):
     def texts(self, item: str) -> Sequence[str]:
         return [item]
 
+    def tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
+        if tokenizer.loses_spaces:
+            raise UserError(
+                "the tokenizer has word pieces, which lose a text's spaces: language modelling "
+                "needs one that gives texts back"
+            )
+        return tokenizer
+
     def facts(self) -> dict[str, Any]:
         return {"text_field": self.data.text_field}
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.errors import UserError, nearest
+from jaxlm.export.classifiers import decoder_classifier, is_classifier
+from jaxlm.export.encoders import BERT, BERT_CLASSIFIER, ROBERTA, ROBERTA_CLASSIFIER
 from jaxlm.export.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxlm.export.gpt import GPT2, GPT_NEOX
 from jaxlm.export.llama import DESCENDANTS
@@ -11,19 +13,25 @@ from jaxlm.export.mixtures import MIXTRAL, QWEN3_MOE
 from jaxlm.export.table import Family
 from jaxlm.model_config import ModelConfig
 
-_ALL = (*DESCENDANTS, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
-FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+_DECODERS = (*DESCENDANTS, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
+FAMILIES: dict[str, Family] = {f.model_type: f for f in (*_DECODERS, BERT, ROBERTA)}
+CLASSIFIERS: dict[str, Family] = {
+    family.model_type: family
+    for family in (*map(decoder_classifier, _DECODERS), BERT_CLASSIFIER, ROBERTA_CLASSIFIER)
+}
 
 
 def family_of(settings: Mapping[str, Any]) -> Family:
     """The family that a config.json names. Raises UserError for one without a table."""
     model_type = settings.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    families = CLASSIFIERS if is_classifier(settings) else FAMILIES
+    if not isinstance(model_type, str) or model_type not in families:
+        what = " of classifiers" if families is CLASSIFIERS else ""
         raise UserError(
-            f"config.json has model_type={model_type!r}, for which jaxlm has no table"
-            f"{nearest(str(model_type), FAMILIES)} (it has {', '.join(FAMILIES)})"
+            f"config.json has model_type={model_type!r}, for which jaxlm has no table{what}"
+            f"{nearest(str(model_type), families)} (it has {', '.join(families)})"
         )
-    return FAMILIES[model_type]
+    return families[model_type]
 
 
 def family_for(config: ModelConfig, name: str | None = None) -> Family:
@@ -31,16 +39,17 @@ def family_for(config: ModelConfig, name: str | None = None) -> Family:
 
     Raises UserError with what keeps the model out of that family, or out of the closest one.
     """
+    families = FAMILIES if config.labels is None else CLASSIFIERS
     if name is not None:
-        if name not in FAMILIES:
+        if name not in families:
             raise UserError(
-                f"family {name!r} has no table{nearest(name, FAMILIES)} (jaxlm has "
-                f"{', '.join(FAMILIES)})"
+                f"family {name!r} has no table{nearest(name, families)} (jaxlm has "
+                f"{', '.join(families)})"
             )
-        FAMILIES[name].config_to_theirs(config)
-        return FAMILIES[name]
+        families[name].config_to_theirs(config)
+        return families[name]
     refusals = []
-    for family in _ALL:
+    for family in families.values():
         try:
             family.config_to_theirs(config)
             return family

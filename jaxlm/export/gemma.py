@@ -16,7 +16,8 @@ from jaxlm.export.llama import (
     TIED,
 )
 from jaxlm.export.rope import read_rope, read_two_ropes, write_rope, write_two_ropes
-from jaxlm.export.table import Setting, Tensor, check_whole_heads
+from jaxlm.export.rows import Setting, Tensor
+from jaxlm.export.table import check_whole_heads
 
 TANH = "gelu_pytorch_tanh"
 NORMS = (

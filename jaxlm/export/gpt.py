@@ -4,7 +4,8 @@ from typing import Any
 
 from jaxlm.export import rope
 from jaxlm.export.rope import read_rope, write_rope
-from jaxlm.export.table import Family, Setting, Tensor, check_whole_heads
+from jaxlm.export.rows import Setting, Tensor
+from jaxlm.export.table import Family, check_whole_heads
 
 _QKV = ("layers/attention/q/{}", "layers/attention/k/{}", "layers/attention/v/{}")
 
@@ -88,7 +89,7 @@ GPT2 = Family(
     },
     prefix="transformer.",
     copies={"lm_head.weight": "transformer.wte.weight"},
-    buffers=r"\.attn\.(masked_)?bias$",
+    spare=r"\.attn\.(masked_)?bias$",
     read=_read_gpt2,
 )
 
@@ -146,7 +147,7 @@ GPT_NEOX = Family(
     expected={"hidden_act": "gelu"},
     prefix="gpt_neox.",
     copies={"embed_out.weight": "gpt_neox.embed_in.weight"},
-    buffers=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",
+    spare=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",
     read=_read_neox,
     write=_write_neox,
 )

@@ -6,7 +6,8 @@ from typing import Any
 
 from jaxlm.export import rope, windows
 from jaxlm.export.rope import read_rope, write_rope
-from jaxlm.export.table import REQUIRED, Family, Setting, Tensor, check_whole_heads
+from jaxlm.export.rows import REQUIRED, Setting, Tensor
+from jaxlm.export.table import Family, check_whole_heads
 
 LAYER = "model.layers.{}."
 ENDS = (
@@ -117,7 +118,7 @@ LLAMA = Family(
     expected={"hidden_act": "silu"},
     prefix="model.",
     copies={"lm_head.weight": "model.embed_tokens.weight"},
-    buffers=r"rotary_emb\.inv_freq$",
+    spare=r"rotary_emb\.inv_freq$",
     read=read_rope,
     write=_write_llama,
 )

@@ -20,7 +20,7 @@ from jaxlm.export.llama import (
     UNTIED,
     read_qwen,
 )
-from jaxlm.export.table import Setting, Tensor
+from jaxlm.export.rows import Setting, Tensor
 
 
 def _experts(names: str) -> tuple[Tensor, ...]:

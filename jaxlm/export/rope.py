@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxlm.errors import UserError
-from jaxlm.export.table import Setting
+from jaxlm.export.rows import Setting
 from jaxlm.model_config import RopeScaling
 
 SETTINGS = (

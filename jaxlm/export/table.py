@@ -6,7 +6,6 @@ serves every variant of a family.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from jaxlm.errors import UserError
+from jaxlm.export.rows import REQUIRED, Part, Setting, Tensor
 from jaxlm.model_config import ExpertsConfig, ModelConfig
 from jaxlm.models.build import make_model
 from jaxlm.sharding import path_name, split_boxes
@@ -29,78 +29,6 @@ UNRECORDED = frozenset(
     }
 )
 EXPERTS = "experts."
-REQUIRED = object()
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One row: their tensor, our parameter (several where theirs fuses them), the layout.
-
-    Each `{}` in `theirs` counts along a leading dimension of ours, such as layers. `layout`
-    spells the other dimensions, ours -> theirs, a letter each: brackets merge dimensions, and
-    `+` marks the one along which fused parameters are joined. "dnh->(nh)d" flattens heads and
-    transposes; "dnh->d(+nh)" puts query, key and value heads side by side.
-    """
-
-    theirs: str
-    ours: str | tuple[str, ...]
-    layout: str
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The paths of our parameters."""
-        return (self.ours,) if isinstance(self.ours, str) else self.ours
-
-    def to_theirs(self, parts: list[np.ndarray]) -> np.ndarray:
-        """Our parameters, one layer's, as their tensor."""
-        split = [part.transpose(self.order) for part in parts]
-        whole = split[0] if len(split) == 1 else np.concatenate(split, self._joined)
-        return whole.reshape(self.shape([part.shape for part in parts]))
-
-    def split(self, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-        """Views of their tensor, one for each of our parameters, their dimensions in `order`."""
-        split = self._split_shapes(shapes)
-        ends = np.cumsum([shape[self._joined] for shape in split])
-        return np.split(tensor.reshape(self._whole(split)), ends[:-1], self._joined)
-
-    def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """The shape of their tensor, for our parameters' shapes."""
-        sizes = iter(self._whole(self._split_shapes(shapes)))
-        groups = re.findall(r"\(\w+\)|\w", self._spelt[1].replace("+", ""))
-        return tuple(math.prod(next(sizes) for _ in group.strip("()")) for group in groups)
-
-    @property
-    def _spelt(self) -> tuple[str, str]:
-        ours, _, theirs = self.layout.partition("->")
-        return ours, theirs or ours
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Our dimensions in the order in which theirs have them."""
-        ours, theirs = self._spelt
-        return tuple(ours.index(letter) for letter in re.sub(r"[()+]", "", theirs))
-
-    @property
-    def _joined(self) -> int:
-        """The dimension along which parts are joined, before dimensions are merged."""
-        return max(re.sub(r"[()]", "", self._spelt[1]).find("+"), 0)
-
-    def _split_shapes(self, shapes):
-        return [tuple(shape[i] for i in self.order) for shape in shapes]
-
-    def _whole(self, split_shapes) -> tuple[int, ...]:
-        whole = list(split_shapes[0])
-        whole[self._joined] = sum(shape[self._joined] for shape in split_shapes)
-        return tuple(whole)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One row: our field, their key, and what a config.json without the key means."""
-
-    ours: str
-    theirs: str
-    default: Any = REQUIRED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +49,13 @@ class Family:
     """Their settings that must have this value where they are given; written as such."""
     prefix: str = ""
     """Begins the names of the body's tensors; a checkpoint of the body alone leaves it out."""
+    whole: str = ""
+    """Of a family that is a body alone: begins its tensors' names where a checkpoint has more."""
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Tensors that may be stored a second time, under these names, where they are tied."""
-    buffers: str = r"(?!)"
-    """A pattern of names that older checkpoints carry and that hold nothing learned."""
+    spare: str = r"(?!)"
+    """A pattern of names that checkpoints carry and the model, unless it has a row, does not use:
+    buffers in which nothing was learned, heads of other tasks."""
     read: Callable[[dict], dict] = dict
     """Brings their settings into the form `settings` names."""
     write: Callable[[dict], dict] = dict
@@ -165,7 +96,7 @@ class Family:
         """Their config.json as a ModelConfig.
 
         Raises UserError for a setting that is missing or that changes what is computed in a way
-        the decoder does not offer.
+        jaxlm does not offer.
         """
         try:
             settings = self.read(dict(settings))
@@ -227,12 +158,14 @@ class Family:
         return rows
 
     def canonical(self, tensors: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-        """The tensors by their full names, without buffers and second copies."""
+        """The tensors by their names here, without spare ones and second copies."""
         if self.prefix and not any(name.startswith(self.prefix) for name in tensors):
             tensors = {self.prefix + name: tensor for name, tensor in tensors.items()}
-        tensors = {n: t for n, t in tensors.items() if not re.search(self.buffers, n)}
+        wanted = self.shapes(config)
+        tensors = {name.removeprefix(self.whole): tensor for name, tensor in tensors.items()}
+        tensors = {n: t for n, t in tensors.items() if n in wanted or not re.search(self.spare, n)}
         for copy, original in self.copies.items():
-            if not config.tie_embeddings or not {copy, original} <= tensors.keys():
+            if copy in wanted or not {copy, original} <= tensors.keys():
                 continue
             if not np.array_equal(tensors.pop(copy), tensors[original]):
                 raise UserError(
@@ -291,19 +224,6 @@ class Family:
         ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A part of one of our parameters, as it lies in a tensor of theirs."""
-
-    path: str
-    index: tuple[int, ...]
-    """Where in the parameter's leading dimensions: empty, (layer,) or (layer, expert)."""
-    view: np.ndarray
-    """The values, in their type; nothing is read from the disk before they are."""
-    order: tuple[int, ...]
-    """Which of our other dimensions each of the view's is."""
-
-
 def _counted(row: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """The indices that fill the `{}` of a row's name: one empty index where there is none."""
     return np.ndindex(shape[: row.theirs.count("{}")])
@@ -345,6 +265,9 @@ def _resolved(config: ModelConfig, **changes) -> dict[str, Any]:
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or fields["d_model"] // fields["num_heads"]
     fields["attention_scale"] = fields["attention_scale"] or fields["head_dim"] ** -0.5
+    fields["pooling"] = fields["pooling"] or config.pools
+    if fields["kind"] == "encoder_decoder":
+        fields["encoder_layers"] = fields["encoder_layers"] or fields["num_layers"]
     if config.experts is not None:
         fields["experts.d_ff"] = fields["experts.d_ff"] or fields["d_ff"]
     return fields

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxlm.errors import UserError
-from jaxlm.export.table import Setting
+from jaxlm.export.rows import Setting
 
 SETTINGS = (
     Setting("layer_pattern", "layer_pattern"),

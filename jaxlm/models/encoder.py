@@ -19,7 +19,7 @@ from jaxlm.sharding import constrain
 class Encoder:
     """A classifier of texts (Devlin et al., 2019). Pure: parameters are given.
 
-    Its parameters are the trunk's and, with `labels`, a `classifier`.
+    Its parameters are the trunk's and, with `labels` or a `pooler`, a `classifier`.
     """
 
     config: ModelConfig
@@ -40,7 +40,7 @@ class Encoder:
         """Random parameters, float32, each boxed with its logical axes."""
         trunk = self._trunk()
         params = trunk.init(key)
-        if self.config.labels is None:
+        if self.config.labels is None and not self.config.pooler:
             return params
         return params | init_head(self.config, self.dtype, trunk.keys(key)["head"], None)
 

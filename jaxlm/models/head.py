@@ -43,7 +43,7 @@ class VocabularyHead(nn.Module):
 
 class LabelHead(nn.Module):
     """Logits [B, T, number of labels], float32: `out`, of an encoder with a bias, and before it,
-    where asked for, `dense` and tanh.
+    where asked for, `dense` and tanh. Without labels there is no `out`.
     """
 
     config: ModelConfig
@@ -59,6 +59,8 @@ class LabelHead(nn.Module):
                 (c.d_model,), ("embed", None), self.dtype, **init, use_bias=True, name="dense"
             )
             pooled_btd = jnp.tanh(dense(pooled_btd))
+        if c.labels is None:
+            return pooled_btd
         out = Dense(
             (len(c.labels),), ("embed", None), jnp.float32, **init, use_bias=biased, name="out"
         )
@@ -67,18 +69,21 @@ class LabelHead(nn.Module):
 
 def init_head(config: ModelConfig, dtype, key, embedding) -> dict:
     """A head's parameters: `head` of the vocabulary, nothing where it is the embedding alone;
-    `classifier` of labels.
+    `classifier` of labels, or of an encoder's pooler alone.
     """
     x = jnp.zeros((1, 1, config.d_model), dtype)
-    if config.labels is not None:
+    if config.labels is not None or config.pooler:
         return {LABEL_HEAD: LabelHead(config, dtype).init(key, x)["params"]}
     boxed = VocabularyHead(config, dtype).init(key, x, embedding)
     return {VOCABULARY_HEAD: boxed["params"]} if "params" in boxed else {}
 
 
 def head_logits(config: ModelConfig, dtype, params, hidden_btd):
-    """Logits, float32, of hidden states [B, T, D] by whichever head the parameters have."""
-    if config.labels is not None:
+    """Logits, float32, of hidden states [B, T, D] by whichever head the parameters have.
+
+    Of a pooler alone what it makes of them, [B, T, D].
+    """
+    if config.labels is not None or config.pooler:
         return LabelHead(config, dtype).apply({"params": params[LABEL_HEAD]}, hidden_btd)
     return VocabularyHead(config, dtype).apply(
         {"params": params.get(VOCABULARY_HEAD, {})}, hidden_btd, params["embed"]["embedding"]

@@ -66,7 +66,15 @@ def read_description(folder: Path) -> tuple[Config, Tokenizer, list[int]]:
         return read_config(folder / CONFIG), tokenizer, [tokenizer.bos_id]
     model = read_model_config(folder)
     tokenizer = read_tokenizer(folder, model)
-    return Config(model=model), tokenizer, tokenizer.prefix
+    return Config(task=_task_of(model), model=model), tokenizer, tokenizer.prefix
+
+
+def _task_of(model: ModelConfig) -> str:
+    """What a model of transformers is for."""
+    if model.kind == "encoder_decoder":
+        return "translation"
+    reads_only = model.kind == "encoder" or model.labels is not None
+    return "classification" if reads_only else "language_modelling"
 
 
 def load_program(folder: Path, config: Config, mesh: Mesh, average_last: int | None = None):
@@ -204,6 +212,7 @@ def starting_point(path: str) -> dict:
     config, tokenizer, _ = read_description(folder)
     longest = config.model.max_seq_len
     return {
+        "task": config.task,
         "model": dataclasses.asdict(config.model),
         "tokenizer": {"kind": "file", "path": str(folder / tokenizer.file_name)},
         "data": {

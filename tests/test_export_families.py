@@ -11,12 +11,13 @@ import pytest
 import torch
 import transformers
 
-from jaxlm.export import FAMILIES, family_for
-from jaxlm.export.huggingface import read_model_config, read_params
+from jaxlm.export import FAMILIES, family_for, family_of
+from jaxlm.export.huggingface import read_model_config, read_params, read_settings
 from jaxlm.export.safetensors import read_tensors
 from jaxlm.mesh import make_mesh
-from jaxlm.models.decoder import Decoder
-from jaxlm.nn.attention import Places
+from jaxlm.models.build import make_model
+from jaxlm.models.head import head_logits
+from jaxlm.nn.attention import Places, Source
 from jaxlm.sharding import make_layout, split_boxes
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "strict")
@@ -77,55 +78,83 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 
 TIED = {"tie_word_embeddings": True}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 PARTIAL = {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.6}
+BERT = {
+    "vocab_size": 101,
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 3,
+    "layer_norm_eps": 1e-3,
+    "initializer_range": 0.2,
+    "hidden_act": "gelu",
+}
+PAD = {"pad_token_id": 0}
+LABELS = {"id2label": {0: "good", 1: "bad", 2: "so so"}}
 CASES = {
-    "llama": ("Llama", SIZES),
+    "llama": ("LlamaForCausalLM", SIZES),
     "llama-tied-llama3-biases": (
-        "Llama",
+        "LlamaForCausalLM",
         SIZES | TIED | {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True},
     ),
-    "llama-linear": ("Llama", SIZES | {"rope_parameters": LINEAR}),
-    "gpt2": ("GPT2", GPT2),
-    "gpt2-untied": ("GPT2", GPT2 | {"tie_word_embeddings": False}),
-    "mistral": ("Mistral", SIZES | {"sliding_window": 5}),
-    "mistral-no-window": ("Mistral", SIZES | {"sliding_window": None}),
-    "qwen2": ("Qwen2", SIZES | TIED),
-    "qwen2-window": ("Qwen2", SIZES | WINDOW),
-    "qwen3": ("Qwen3", SIZES | TIED | {"attention_bias": True}),
-    "gemma": ("Gemma", SIZES),
-    "gemma2": ("Gemma2", SIZES | GEMMA2),
-    "gemma3": ("Gemma3", SIZES | GEMMA3),
-    "olmo2": ("Olmo2", SIZES),
-    "phi3": ("Phi3", SIZES | {"head_dim": None, "sliding_window": 5}),
-    "phi3-partial": ("Phi3", SIZES | {"hidden_size": 60, "rope_parameters": PARTIAL}),
-    "gpt_neox": ("GPTNeoX", SIZES | NEOX | {"rope_parameters": PARTIAL | {"rope_theta": 9.0}}),
+    "llama-linear": ("LlamaForCausalLM", SIZES | {"rope_parameters": LINEAR}),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2-untied": ("GPT2LMHeadModel", GPT2 | {"tie_word_embeddings": False}),
+    "mistral": ("MistralForCausalLM", SIZES | {"sliding_window": 5}),
+    "mistral-no-window": ("MistralForCausalLM", SIZES | {"sliding_window": None}),
+    "qwen2": ("Qwen2ForCausalLM", SIZES | TIED),
+    "qwen2-window": ("Qwen2ForCausalLM", SIZES | WINDOW),
+    "qwen3": ("Qwen3ForCausalLM", SIZES | TIED | {"attention_bias": True}),
+    "gemma": ("GemmaForCausalLM", SIZES),
+    "gemma2": ("Gemma2ForCausalLM", SIZES | GEMMA2),
+    "gemma3": ("Gemma3ForCausalLM", SIZES | GEMMA3),
+    "olmo2": ("Olmo2ForCausalLM", SIZES),
+    "phi3": ("Phi3ForCausalLM", SIZES | {"head_dim": None, "sliding_window": 5}),
+    "phi3-partial": ("Phi3ForCausalLM", SIZES | {"hidden_size": 60, "rope_parameters": PARTIAL}),
+    "gpt_neox": (
+        "GPTNeoXForCausalLM",
+        SIZES | NEOX | {"rope_parameters": PARTIAL | {"rope_theta": 9.0}},
+    ),
     "gpt_neox-sequential": (
-        "GPTNeoX",
+        "GPTNeoXForCausalLM",
         SIZES | NEOX | TIED | {"use_parallel_residual": False, "attention_bias": False},
     ),
-    "mixtral": ("Mixtral", SIZES | {"num_local_experts": 5, "sliding_window": 5}),
-    "qwen3_moe": ("Qwen3Moe", SIZES | EXPERTS),
-    "qwen3_moe-normalised": ("Qwen3Moe", SIZES | EXPERTS | {"norm_topk_prob": True}),
+    "mixtral": ("MixtralForCausalLM", SIZES | {"num_local_experts": 5, "sliding_window": 5}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", SIZES | EXPERTS),
+    "bert": ("BertModel", BERT),
+    "bert-tanh": ("BertModel", BERT | {"hidden_act": "gelu_new"}),
+    "bert-classifier": ("BertForSequenceClassification", BERT | LABELS),
+    "roberta": ("RobertaModel", BERT | {"pad_token_id": 3}),
+    "roberta-classifier": ("RobertaForSequenceClassification", BERT | LABELS | {"pad_token_id": 1}),
+    "llama-classifier": ("LlamaForSequenceClassification", SIZES | LABELS | PAD),
+    "gpt2-classifier": ("GPT2ForSequenceClassification", GPT2 | LABELS | PAD),
+    "qwen2-classifier": ("Qwen2ForSequenceClassification", SIZES | LABELS | PAD),
+    "gemma3-classifier": ("Gemma3TextForSequenceClassification", SIZES | GEMMA3 | LABELS | PAD),
+    "qwen3_moe-normalised": ("Qwen3MoeForCausalLM", SIZES | EXPERTS | {"norm_topk_prob": True}),
 }
 
 
 def build(kind: str, settings: dict):
     """A model of transformers with random weights, norms and biases included."""
     torch.manual_seed(0)
-    config = getattr(transformers, kind + ("TextConfig" if kind == "Gemma3" else "Config"))
-    model = getattr(transformers, kind + ("LMHeadModel" if kind == "GPT2" else "ForCausalLM"))
-    settings = {key: value for key, value in settings.items() if value is not None}
-    settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    model = model(config(**settings, attn_implementation="eager")).eval()
+    model = getattr(transformers, kind)
+    settings = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | settings
+    settings = {key: v for key, v in settings.items() if v is not None or key.endswith("_token_id")}
+    model = model(model.config_class(**settings, attn_implementation="eager")).eval()
+    tensors = dict(model.named_parameters())
+    tensors |= {name: b for name, b in model.named_buffers() if name == "final_logits_bias"}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter += 0.3 * torch.randn_like(parameter)
-            assert parameter.std() > 0, name
+        for name, tensor in tensors.items():
+            if tensor.ndim == 1 or name == "final_logits_bias":
+                tensor += 0.3 * torch.randn_like(tensor)
+            assert tensor.std() > 0, name
     return model
 
 
 # A case for each kind of block; the others are variants.
 QUICK = ("llama-tied-llama3-biases", "gpt2", "gemma3", "olmo2", "gpt_neox", "qwen3_moe")
+QUICK += ("bert", "roberta-classifier", "llama-classifier")
 
 
 @pytest.fixture(
@@ -143,33 +172,49 @@ def case(request, tmp_path_factory):
 def placed(folder, mesh="dp1"):
     """(configuration, parameters) of a folder."""
     config = read_model_config(folder)
-    boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0))
+    boxed = jax.eval_shape(make_model(config).init, jax.random.key(0))
     layout = make_layout(*split_boxes(boxed), make_mesh(mesh))
     return config, read_params(folder, config, layout.exact)
 
 
-def logits_of(config, params, tokens):
-    decoder = Decoder(config)
+def hidden_and_logits(config, params, tokens, source=None):
+    model = make_model(config)
 
-    def run(params, tokens):
-        places = Places(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-        hidden, *_ = decoder.hidden(params, tokens, places)
-        return decoder.logits(params, hidden)
+    def places(tokens):
+        return Places(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
 
-    return np.asarray(jax.jit(run)(params, tokens))
+    def run(params, tokens, source):
+        source = None if source is None else Source(source, places(source))
+        hidden, *_ = model.hidden(params, tokens, places(tokens), source=source)
+        return hidden, head_logits(config, model.dtype, params, hidden)
+
+    return map(np.asarray, jax.jit(run)(params, tokens, source))
+
+
+def numbers(model, config, params):
+    """Pairs (ours, theirs) of what the model computes of two texts."""
+    draw = np.random.default_rng(0).integers
+    # Above all ids that a model may take for padding.
+    tokens = draw(4, config.vocab_size, (2, 23), np.int32)
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens).long())
+    hidden, logits = hidden_and_logits(config, params, tokens)
+    if config.labels is not None:
+        read = -1 if config.kind == "decoder" else 0
+        return [(logits[:, read], theirs.logits)]
+    if config.kind == "encoder":
+        return [(hidden, theirs.last_hidden_state), (logits[:, 0], theirs.pooler_output)]
+    return [(logits, theirs.logits)]
 
 
 def test_it_computes_the_same_and_goes_back(case):
     model, folder = case
     config, params = placed(folder)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 23), np.int32)
-    with torch.no_grad():
-        theirs = model(torch.tensor(tokens).long()).logits.numpy()
-    ours = logits_of(config, params, tokens)
-    worst = np.abs(ours - theirs).max() / np.abs(theirs).max()
-    print(f"largest difference {worst:.1e}")
-    assert worst < 1e-5
-    family, files = FAMILIES[model.config.model_type], read_tensors(folder)
+    for ours, theirs in numbers(model, config, params):
+        worst = np.abs(ours - theirs.numpy()).max() / np.abs(theirs.numpy()).max()
+        print(f"largest difference {worst:.1e}")
+        assert worst < 1e-5
+    family, files = family_of(read_settings(folder)), read_tensors(folder)
     again = dict(family.to_theirs(params, config))
     assert again.keys() == files.keys()
     for name, tensor in files.items():
@@ -178,6 +223,7 @@ def test_it_computes_the_same_and_goes_back(case):
 
 def resolved(config):
     fields = {"head_dim": config.head_size, "num_kv_heads": config.kv_heads}
+    fields["pooling"] = config.pools
     if config.experts is not None:
         width = config.experts.d_ff or config.d_ff
         fields["experts"] = dataclasses.replace(config.experts, d_ff=width)
@@ -188,9 +234,10 @@ def test_its_configuration_survives(case):
     """Ours to theirs, through transformers, and back; and it finds the family again."""
     model, folder = case
     config = resolved(read_model_config(folder))
-    family = FAMILIES[model.config.model_type]
+    family = family_of(read_settings(folder))
     settings = family.config_to_theirs(config)
     through = transformers.AutoConfig.for_model(**settings).to_dict()
+    assert settings["architectures"] == [type(model).__name__]
     for written in (settings, json.loads(json.dumps(through))):
         assert resolved(family.config_to_ours(written)) == config
     found = family_for(config)
@@ -207,7 +254,7 @@ def test_it_goes_straight_onto_a_mesh(mesh, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     _, wanted = placed(tmp_path)
     config = read_model_config(tmp_path)
-    boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0))
+    boxed = jax.eval_shape(make_model(config).init, jax.random.key(0))
     layout = make_layout(*split_boxes(boxed), make_mesh(mesh))
     got = read_params(tmp_path, config, layout.exact)
     jax.tree.map(np.testing.assert_array_equal, got, wanted)

@@ -19,6 +19,7 @@ from jaxlm.data.loader import Rows
 from jaxlm.data.records import Column, Counts, Record, read_records, usable
 from jaxlm.data.sources import max_document_bytes, read_documents
 from jaxlm.data.tokens import FORMAT, Row, TokenFile, TokenWriter, token_dtype
+from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 
 

@@ -17,7 +17,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu",
     "swish": "silu",
 }
-# Architectures in whose checkpoints an encoder has its pooler.
+# Architectures in whose checkpoints an encoder usually has its pooler.
 POOLING = ("Model", "ForPreTraining", "ForNextSentencePrediction")
 
 
@@ -80,11 +80,10 @@ def _rows(prefix: str) -> tuple[Tensor, ...]:
 
 
 def _read_bert(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with our names of activations, and whether there is a pooler."""
-    names = settings.get("architectures") or ["BertModel"]
-    settings["pooler"] = names[0].endswith(POOLING)
-    settings["hidden_act"] = activation(settings, "hidden_act")
-    return settings
+    """Settings with our name of the activation, and whether there is a pooler."""
+    first, *_ = settings.get("architectures") or ["BertModel"]
+    pooler = settings.get("pooler", first.endswith(POOLING))
+    return settings | {"pooler": pooler, "hidden_act": activation(settings, "hidden_act")}
 
 
 def _write_bert(settings: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +132,7 @@ def _classifier(family: Family, architecture: str, prefix: str, *head: Tensor) -
         fixed=family.fixed | {"pooler": True},
         prefix=prefix,
         whole="",
+        optional={},
         read=read,
         write=write,
     )
@@ -177,6 +177,7 @@ BERT = Family(
         "add_cross_attention": False,
     },
     whole="bert.",
+    optional={"pooler.dense.weight": "pooler"},
     spare=r"position_ids$|^cls\.|^lm_head\.|^(bert\.|roberta\.)?pooler\.",
     read=_read_bert,
     write=_write_bert,

@@ -50,7 +50,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def read_model_config(folder: Path) -> ModelConfig:
     """What the model of a folder is. Raises UserError for one that the decoder cannot compute."""
     settings = read_settings(folder)
-    return family_of(settings).config_to_ours(settings)
+    family = family_of(settings)
+    names = tuple(read_tensors(folder)) if family.optional else ()
+    for ending, key in family.optional.items():
+        settings[key] = any(name.endswith(ending) for name in names)
+    return family.config_to_ours(settings)
 
 
 def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:

@@ -56,6 +56,8 @@ class Family:
     spare: str = r"(?!)"
     """A pattern of names that checkpoints carry and the model, unless it has a row, does not use:
     buffers in which nothing was learned, heads of other tasks."""
+    optional: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Tensors (endings of their names) whose presence decides a setting, as no config.json does."""
     read: Callable[[dict], dict] = dict
     """Brings their settings into the form `settings` names."""
     write: Callable[[dict], dict] = dict

@@ -256,8 +256,8 @@ def test_a_model_with_an_encoder_needs_a_source_and_another_none():
 
 # -- meshes ---------------------------------------------------------------------------------
 
-MESHES = ["dp8", "dp2,fsdp2,tp2"]
-MORE_MESHES = ["fsdp8", "tp3", "dp2,tp2 accumulation"]
+MESHES = ["dp2,fsdp2,tp2"]
+MORE_MESHES = ["dp8", "fsdp8", "tp3", "dp2,tp2 accumulation"]
 MESHES += [pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE_MESHES]
 
 

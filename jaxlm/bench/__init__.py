@@ -1,0 +1,1 @@
+"""Benchmarks: jaxlm beside what a user would take instead, on the same work."""

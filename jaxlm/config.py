@@ -313,9 +313,10 @@ class Config:
         parse_mesh(self.mesh)
         kinds = KINDS[self.task]
         if self.model.kind not in kinds:
+            others = [f"task={task}" for task in KINDS if self.model.kind in KINDS[task]]
             raise UserError(
-                f"task={self.task} cannot train model.kind={self.model.kind}: use "
-                f"{' or '.join(kinds)}"
+                f"task={self.task} cannot train model.kind={self.model.kind}: set "
+                f"{' or '.join(others)}, or use a model of kind {' or '.join(kinds)}"
             )
         if self.lora is not None and self.init_from is None:
             raise UserError(

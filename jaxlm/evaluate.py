@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
         limit=arguments.limit,
         beams=Beams(arguments.beams, arguments.length_penalty),
     )
-    model = load(arguments.path, arguments.mesh)
+    model = load(arguments.path, arguments.mesh, average_last=arguments.average_last)
     figures = evaluate(model, request, lambda line: print(line, file=sys.stderr))
     if arguments.picture is not None:
         _draw(figures, arguments.picture)
@@ -139,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--limit", type=_count, help="only so many of each source's documents or records"
+    )
+    parser.add_argument(
+        "--average_last", type=_count, help="take the mean of the run's last N checkpoints"
     )
     parser.add_argument("--mesh", help="devices by axis, such as dp4; left out: one device")
     parser.add_argument(

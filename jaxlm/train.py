@@ -213,7 +213,7 @@ class Trainer:
             self.display.line(line)
         self.display.line(
             f"done: step {self.step} saved in {self.run_folder}; try python -m jaxlm.sample "
-            f"{self.run_folder} --prompt={self.config.train.sample_prompt!r}"
+            f"{self.run_folder} {self.validation.question}"
         )
         return 0
 

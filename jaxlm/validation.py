@@ -43,6 +43,11 @@ class Validation:
         """
         raise NotImplementedError
 
+    @property
+    def question(self) -> str:
+        """What to ask the trained model by `python -m jaxlm.sample`."""
+        return f"--prompt={self._config.train.sample_prompt or 'The '!r}"
+
     def closing(self) -> str | None:
         """A line for the end of the run: what the last metrics can be compared with."""
         return None
@@ -136,13 +141,18 @@ class TranslationValidation(Validation):
     def __init__(self, config: Config, program: Program, *others):
         super().__init__(config, program, *others)
         self._decoder = build_decode_program(build_model(config, program.mesh), program.mesh)
-        self._pairs = reference_pairs(self._prepared, config.train.eval_texts)
+        some = config.train.eval_texts
+        self._pairs = reference_pairs(self._prepared, some) if some else []
+
+    @property
+    def question(self):
+        return "--prompt='Save the file.'"
 
     def run(self, params, moved):
         sums = self._sums(params, moved)
         metrics = loss_metrics(float(sums.nats), float(sums.weight))
         line = f"validation loss {metrics['valid_loss']:.4f} nats/token"
-        if self._config.train.eval_texts == 0:
+        if not self._pairs:
             return metrics, [line]
         texts = self._translate(params, moved)
         scores, _ = translation_metrics(texts, self._pairs)
@@ -173,6 +183,10 @@ class TranslationValidation(Validation):
 
 class LabelValidation(Validation):
     """Of classification: accuracy, macro-F1, calibration, and what is taken for what."""
+
+    @property
+    def question(self):
+        return "--prompt='What a lovely day'"
 
     def run(self, params, moved):
         sums = self._sums(params, moved)

@@ -90,6 +90,36 @@ BERT = {
     "initializer_range": 0.2,
     "hidden_act": "gelu",
 }
+T5 = {
+    "vocab_size": 101,
+    "d_model": 36,
+    "d_kv": 10,
+    "d_ff": 52,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 6,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "layer_norm_epsilon": 1e-3,
+}
+T5_UNTIED = {"tie_word_embeddings": False, "scale_decoder_outputs": False}
+MARIAN = {
+    "vocab_size": 101,
+    "d_model": 36,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 6,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 52,
+    "decoder_ffn_dim": 52,
+    "max_position_embeddings": 64,
+    "activation_function": "swish",
+    "scale_embedding": True,
+    "init_std": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
 PAD = {"pad_token_id": 0}
 LABELS = {"id2label": {0: "good", 1: "bad", 2: "so so"}}
 CASES = {
@@ -131,6 +161,12 @@ CASES = {
     "gpt2-classifier": ("GPT2ForSequenceClassification", GPT2 | LABELS | PAD),
     "qwen2-classifier": ("Qwen2ForSequenceClassification", SIZES | LABELS | PAD),
     "gemma3-classifier": ("Gemma3TextForSequenceClassification", SIZES | GEMMA3 | LABELS | PAD),
+    "t5": ("T5ForConditionalGeneration", T5 | PAD),
+    "t5-gated-untied": (
+        "T5ForConditionalGeneration",
+        T5 | PAD | T5_UNTIED | {"feed_forward_proj": "gated-gelu"},
+    ),
+    "marian": ("MarianMTModel", MARIAN),
     "qwen3_moe-normalised": ("Qwen3MoeForCausalLM", SIZES | EXPERTS | {"norm_topk_prob": True}),
 }
 
@@ -142,6 +178,8 @@ def build(kind: str, settings: dict):
     settings = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | settings
     settings = {key: v for key, v in settings.items() if v is not None or key.endswith("_token_id")}
     model = model(model.config_class(**settings, attn_implementation="eager")).eval()
+    if settings.get("scale_decoder_outputs") is False:  # transformers 5 ties it all the same
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     tensors = dict(model.named_parameters())
     tensors |= {name: b for name, b in model.named_buffers() if name == "final_logits_bias"}
     with torch.no_grad():
@@ -154,7 +192,7 @@ def build(kind: str, settings: dict):
 
 # A case for each kind of block; the others are variants.
 QUICK = ("llama-tied-llama3-biases", "gpt2", "gemma3", "olmo2", "gpt_neox", "qwen3_moe")
-QUICK += ("bert", "roberta-classifier", "llama-classifier")
+QUICK += ("bert", "roberta-classifier", "llama-classifier", "t5-gated-untied", "marian")
 
 
 @pytest.fixture(
@@ -196,9 +234,16 @@ def numbers(model, config, params):
     draw = np.random.default_rng(0).integers
     # Above all ids that a model may take for padding.
     tokens = draw(4, config.vocab_size, (2, 23), np.int32)
+    inputs, source = {"input_ids": torch.tensor(tokens).long()}, None
+    if config.kind == "encoder_decoder":
+        source = draw(4, config.vocab_size, (2, 17), np.int32)
+        inputs = {
+            "input_ids": torch.tensor(source).long(),
+            "decoder_input_ids": inputs["input_ids"],
+        }
     with torch.no_grad():
-        theirs = model(torch.tensor(tokens).long())
-    hidden, logits = hidden_and_logits(config, params, tokens)
+        theirs = model(**inputs)
+    hidden, logits = hidden_and_logits(config, params, tokens, source)
     if config.labels is not None:
         read = -1 if config.kind == "decoder" else 0
         return [(logits[:, read], theirs.logits)]
@@ -223,7 +268,8 @@ def test_it_computes_the_same_and_goes_back(case):
 
 def resolved(config):
     fields = {"head_dim": config.head_size, "num_kv_heads": config.kv_heads}
-    fields["pooling"] = config.pools
+    if config.kind != "encoder_decoder":
+        fields["pooling"] = config.pools
     if config.experts is not None:
         width = config.experts.d_ff or config.d_ff
         fields["experts"] = dataclasses.replace(config.experts, d_ff=width)

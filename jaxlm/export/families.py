@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxlm.errors import UserError, nearest
 from jaxlm.export.classifiers import decoder_classifier, is_classifier
+from jaxlm.export.encoder_decoders import MARIAN, T5
 from jaxlm.export.encoders import BERT, BERT_CLASSIFIER, ROBERTA, ROBERTA_CLASSIFIER
 from jaxlm.export.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxlm.export.gpt import GPT2, GPT_NEOX
@@ -14,7 +15,7 @@ from jaxlm.export.table import Family
 from jaxlm.model_config import ModelConfig
 
 _DECODERS = (*DESCENDANTS, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
-FAMILIES: dict[str, Family] = {f.model_type: f for f in (*_DECODERS, BERT, ROBERTA)}
+FAMILIES: dict[str, Family] = {f.model_type: f for f in (*_DECODERS, BERT, ROBERTA, T5, MARIAN)}
 CLASSIFIERS: dict[str, Family] = {
     family.model_type: family
     for family in (*map(decoder_classifier, _DECODERS), BERT_CLASSIFIER, ROBERTA_CLASSIFIER)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,13 @@ class Tensor:
     theirs: str
     ours: str | tuple[str, ...]
     layout: str
+    given: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    """Others of our parameters, and whether they are there, for the row to count."""
+
+    def counts(self, ours: Container[str]) -> bool:
+        """Whether it is a row of a model that has these parameters."""
+        there = all((path in ours) == wanted for path, wanted in self.given.items())
+        return there and self.parts[0] in ours
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -150,7 +150,7 @@ class Family:
 
     def rows(self, shapes: Mapping[str, tuple]) -> list[Tensor]:
         """The rows that this model has parameters for, which must be all of its parameters."""
-        rows = [row for row in self.tensors if row.parts[0] in shapes]
+        rows = [row for row in self.tensors if row.counts(shapes)]
         homeless = shapes.keys() - {path for row in rows for path in row.parts}
         if homeless:
             raise UserError(

@@ -21,7 +21,7 @@ from tiny import make_program, random_batch, tiny_config
 from jaxlm.axes import MESH_AXES, parse_mesh
 from jaxlm.collectives import UNKNOWN, collectives, summarise
 from jaxlm.mesh import make_mesh
-from jaxlm.models import decoder
+from jaxlm.models import block
 from jaxlm.optim import learning_rate, make_optimizer
 from jaxlm.step import build_model, build_program
 
@@ -278,7 +278,7 @@ def test_a_gather_of_the_optimizers_state_is_caught():
 
 
 def test_a_gather_of_an_activation_is_caught(monkeypatch):
-    monkeypatch.setattr(decoder, "constrain", replicate)
+    monkeypatch.setattr(block, "constrain", replicate)
     step = Audit("fsdp8", **FSDP)
     assert gathered_in_excess(step) > step.params_bytes
 

@@ -110,9 +110,9 @@ def _ours(run: Path, rows: list[list[str]], language: str, tokens: int, say) -> 
         say(f"jaxlm: {len(texts)} texts, beam {beams}, in {time.monotonic() - started:.0f} s")
         found = translation_scores(texts, references, language)
         scores[f"beam{beams}"] = found.bleu, found.chrf
-    return Result(
-        "jaxlm", model.num_parameters, tokens, sum(r["step_seconds"] for r in steps), scores
-    )
+    size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    seconds = sum(row["step_seconds"] for row in steps)
+    return Result("jaxlm", size, tokens, seconds, scores)
 
 
 def _peer(request: dict, references: list[str], language: str, out: Path, say) -> Result:

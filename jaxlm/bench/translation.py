@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jaxlm
+import jax
+
+from jaxlm.api import load
 from jaxlm.cli import read_config
 from jaxlm.config import Config
 from jaxlm.data.corpus import prepare
@@ -22,6 +24,7 @@ from jaxlm.monitor import read_metrics
 from jaxlm.run_folder import find_step
 from jaxlm.tasks.build import make_form
 from jaxlm.tasks.metrics import translation_scores
+from jaxlm.texts import translate
 
 PEER = Path(__file__).with_name("run_marian.py")
 BEAMS = (1, 4)
@@ -101,12 +104,12 @@ def _train(config_path, config: Config, train: str, valid: str, steps: int, run:
 
 def _ours(run: Path, rows: list[list[str]], language: str, tokens: int, say) -> Result:
     steps = [row for row in read_metrics(run / "metrics.jsonl") if "step_seconds" in row]
-    model = jaxlm.load(run)
+    model = load(run)
     sources, references = zip(*rows, strict=True)
     scores = {}
     for beams in BEAMS:
         started = time.monotonic()
-        texts = jaxlm.translate(model, list(sources), num_beams=beams, length_penalty=0.6)
+        texts = translate(model, list(sources), num_beams=beams, length_penalty=0.6)
         say(f"jaxlm: {len(texts)} texts, beam {beams}, in {time.monotonic() - started:.0f} s")
         found = translation_scores(texts, references, language)
         scores[f"beam{beams}"] = found.bleu, found.chrf

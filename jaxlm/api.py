@@ -11,10 +11,11 @@ from jaxlm.decode import DecodeProgram
 from jaxlm.decode_ngram import NgramProgram
 from jaxlm.errors import UserError
 from jaxlm.export import family_of
-from jaxlm.export.exporter import check_target, export_model
+from jaxlm.export.expected import expected_of
+from jaxlm.export.exporter import check_kind, check_target, export_model
 from jaxlm.export.huggingface import is_model_folder, read_settings
 from jaxlm.export.safetensors import read_tensors
-from jaxlm.export.verify import TRANSFORMERS, Verification, expected_of, verify
+from jaxlm.export.verify import TRANSFORMERS, Verification, verify
 from jaxlm.loading import find_model, load_program, read_description, read_model
 from jaxlm.mesh import folded_mesh, make_mesh
 from jaxlm.sharding import check_fits
@@ -106,7 +107,9 @@ def export_checkpoint(
     folder = model
     if isinstance(model, LanguageModel):
         folder, average_last = model.source, average_last or model.average_last
-    source = read_model(find_model(folder, str(step)), average, average_last)
+    folder = find_model(folder, str(step))
+    check_kind(to, read_description(folder)[0].model)
+    source = read_model(folder, average, average_last)
     return export_model(
         source,
         to,

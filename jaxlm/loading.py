@@ -25,12 +25,12 @@ from jaxlm.decode import build_decode_program
 from jaxlm.decode_ngram import NgramProgram
 from jaxlm.errors import UserError
 from jaxlm.export.huggingface import (
-    Model,
     is_model_folder,
     read_model_config,
     read_params,
     read_tokenizer,
 )
+from jaxlm.export.model import Model, text_ends
 from jaxlm.mesh import make_mesh
 from jaxlm.model_config import ModelConfig
 from jaxlm.models import lora
@@ -235,4 +235,7 @@ def read_model(folder: Path, average: bool = True, average_last: int | None = No
         facts = {key: figures[key] for key in FACTS if key in figures}
         if average_last is not None:  # which no validation has seen
             facts = {"step": figures["step"], "average_last": average_last}
-    return Model(name, model, params, tokenizer, prefix, facts)
+    suffix = tokenizer.suffix
+    if not is_model_folder(folder):
+        prefix, suffix = text_ends(model, tokenizer)
+    return Model(name, model, params, tokenizer, prefix, facts, suffix)

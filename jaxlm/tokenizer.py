@@ -39,6 +39,8 @@ class Tokenizer:
         eos_id: what a document ends with, or None.
         prefix: the ids that the tokenizer's own post-processing puts in front of a text, which
             `encode` leaves out: [bos_id] for SentencePiece, [] for GPT-2's tokenizer.json.
+        suffix: the ids that it puts behind a text; `encode` leaves them out, too.
+        pad_id: an id for padding rows of texts: one that no text ends with, or None.
         loses_spaces: decoding is a guess, as with BERT's word pieces: fine for models that only
             read.
         special_ids: ids of special (control) pieces by name: no text is encoded to one, not even
@@ -55,6 +57,8 @@ class Tokenizer:
     bos_id: int
     eos_id: int | None
     prefix: list[int]
+    suffix: list[int]
+    pad_id: int | None
     loses_spaces: bool = False
     special_ids: dict[str, int]
     chat_template: str | None
@@ -124,7 +128,9 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError("has no <s> or </s> piece: documents need one of them to start with")
         self.bos_id = bos if bos >= 0 else eos
         self.eos_id = eos if eos >= 0 else None
-        self.prefix = [self.bos_id]
+        self.prefix, self.suffix = [self.bos_id], []
+        pad = self._processor.pad_id()
+        self.pad_id = pad if pad >= 0 else self._processor.unk_id()
         self.chat_template = chat_template
         controls = filter(self._processor.is_control, range(self.vocab_size))
         self.special_ids = {self._processor.id_to_piece(i): i for i in controls}
@@ -222,7 +228,12 @@ class HuggingFaceTokenizer(Tokenizer):
         first = self._encode_batch(["a"])[0][:1]
         self.adds_space = bool(first) and self._bytes[first[0]].startswith(b" ")
         whole = self._tokenizer.encode("a")
-        self.prefix = whole.ids[: [*whole.special_tokens_mask, 0].index(0)]
+        special = whole.special_tokens_mask
+        self.prefix = whole.ids[: [*special, 0].index(0)]
+        self.suffix = whole.ids[len(special) - [*special[::-1], 0].index(0) :]
+        pad = self.special_ids.get(_content(self.config.get("pad_token")))
+        spare = None if self.bos_id == self.eos_id else self.bos_id
+        self.pad_id = spare if pad is None else pad
 
     def __reduce__(self):
         return HuggingFaceTokenizer, (self.model, self._bos, self._eos, self.config)
@@ -231,6 +242,13 @@ class HuggingFaceTokenizer(Tokenizer):
         """The same tokenizer with another chat template."""
         config = self.config | {"chat_template": template}
         return HuggingFaceTokenizer(self.model, self._bos, self._eos, config)
+
+    def beginning_with(self, bos_id: int | None) -> "HuggingFaceTokenizer":
+        """The same tokenizer with another `bos_id`; with None, itself."""
+        if bos_id in (None, self.bos_id):
+            return self
+        begin = self._tokenizer.id_to_token(bos_id)
+        return HuggingFaceTokenizer(self.model, begin, self._eos, self.config)
 
     def _make_bytes(self, vocabulary: dict[str, int]) -> list[bytes]:
         decoders = _decoder_types(json.loads(self.model)["decoder"])
@@ -292,7 +310,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return SentencePieceTokenizer(model, found)
         if file.suffix == ".json":
             config = _read_config(file)
-            return HuggingFaceTokenizer(model, *_special_names(config), config)
+            tokenizer = HuggingFaceTokenizer(model, *_special_names(config), config)
+            return tokenizer.beginning_with(_target_start(file))
     except UserError as error:
         raise UserError(f"the tokenizer {file} {error}") from error
     except Exception as error:  # `tokenizers` raises bare Exception
@@ -336,8 +355,18 @@ def _default_template(template: str | list[dict] | None) -> str | None:
 
 
 def _special_names(config: dict) -> list[str | None]:
-    names = [config.get("bos_token"), config.get("eos_token")]
-    return [name["content"] if isinstance(name, dict) else name for name in names]
+    return [_content(config.get(key)) for key in ("bos_token", "eos_token")]
+
+
+def _content(name: str | dict | None) -> str | None:
+    return name["content"] if isinstance(name, dict) else name
+
+
+def _target_start(file: Path) -> int | None:
+    """The id that a decoder beside the tokenizer starts with, where its config.json tells it."""
+    path = file.with_name("config.json")
+    settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    return settings.get("decoder_start_token_id")
 
 
 def _decoder_types(decoder: dict | None) -> set[str]:

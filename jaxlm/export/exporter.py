@@ -9,12 +9,15 @@ from pathlib import Path
 
 from jaxlm.errors import UserError, nearest
 from jaxlm.export import verify
+from jaxlm.export.expected import expected_of
 from jaxlm.export.families import family_for
 from jaxlm.export.gguf import write_gguf
-from jaxlm.export.huggingface import Model, write_model
+from jaxlm.export.huggingface import write_model
+from jaxlm.export.model import Model
 from jaxlm.export.stablehlo import write_stablehlo
-from jaxlm.export.verify import Verification, expected_of
+from jaxlm.export.verify import Verification
 from jaxlm.export.vocabulary import write_tokenizer
+from jaxlm.model_config import ModelConfig
 
 STACKS: Mapping[str, verify.Stack] = {
     "hf": verify.TRANSFORMERS,
@@ -47,6 +50,7 @@ def export_model(
     there.
     """
     stack = check_target(to, dtype, out, family, shard_gb)
+    check_kind(to, model.config)
     table = None if to == "stablehlo" else family_for(model.config, family)
     with _beside(out) as draft:
         say(f"writing {out} ({to}, {dtype})")
@@ -83,6 +87,21 @@ def check_target(
     if out.exists():
         raise UserError(f"{out} exists: give another folder, or remove it first")
     return STACKS[to]
+
+
+def check_kind(to: str, config: ModelConfig) -> None:
+    """Raise UserError for a model of a kind that no table of `to` is for."""
+    kinds = ("decoder", "encoder", "encoder_decoder") if to == "hf" else ("decoder",)
+    if config.kind not in kinds:
+        raise UserError(
+            f"model.kind={config.kind} cannot be exported to {to}, which has no such models: "
+            f"it takes {', '.join(kinds)}"
+        )
+    if config.labels is not None and to != "hf":
+        raise UserError(
+            f"a classifier (model.labels) cannot be exported to {to}, which takes language models: "
+            "use to='hf'"
+        )
 
 
 def _write(model: Model, to: str, folder: Path, dtype: str, table, shard_gb: float) -> Path:

@@ -50,7 +50,8 @@ def family_for(config: ModelConfig, name: str | None = None) -> Family:
         families[name].config_to_theirs(config)
         return families[name]
     refusals = []
-    for family in families.values():
+    alike = [f for f in families.values() if f.fixed.get("kind", "decoder") == config.kind]
+    for family in alike:
         try:
             family.config_to_theirs(config)
             return family

@@ -1,6 +1,5 @@
 """Model folders of Hugging Face transformers: configuration, weights, tokenizer; both ways."""
 
-import dataclasses
 import functools
 import json
 from collections.abc import Mapping
@@ -14,6 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.errors import UserError
 from jaxlm.export.families import family_of
+from jaxlm.export.model import Model
+from jaxlm.export.model_card import model_card
 from jaxlm.export.safetensors import read_tensors, write_tensors
 from jaxlm.export.table import Family, as_tree, by_path
 from jaxlm.export.vocabulary import write_tokenizer
@@ -22,6 +23,8 @@ from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
 SETTINGS = "config.json"
 RUN_CONFIG = "config.yaml"
+# As `jaxlm.translate` searches.
+SEARCH = {"num_beams": 4, "length_penalty": 0.6, "early_stopping": False}
 
 
 def is_model_folder(path: Path) -> bool:
@@ -129,21 +132,6 @@ def _writer(order: tuple[int, ...], sharding):
     return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """What is exported."""
-
-    name: str
-    config: ModelConfig
-    params: object
-    """Stacked, in logical shapes."""
-    tokenizer: Tokenizer
-    prefix: list[int]
-    """Ids that every text starts with."""
-    facts: Mapping[str, Any]
-    """Figures for the model card, by name."""
-
-
 def write_model(folder: Path, family: Family, model: Model, dtype: str, file_bytes: int) -> None:
     """Write a model as transformers would save it, with its tokenizer, into an empty folder.
 
@@ -151,12 +139,19 @@ def write_model(folder: Path, family: Family, model: Model, dtype: str, file_byt
     cannot express.
     """
     settings = family.config_to_theirs(model.config)
-    ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": model.tokenizer.eos_id}
-    settings |= ids | {"dtype": dtype, "torch_dtype": dtype, "use_cache": True}
+    ids = _token_ids(model, settings)
+    settings |= ids | {"dtype": dtype, "torch_dtype": dtype}
+    if model.use in ("language_model", "translator"):
+        settings["use_cache"] = True
+        _write_json(folder / "generation_config.json", _generation(model, ids))
     _write_json(folder / SETTINGS, settings)
-    _write_json(folder / "generation_config.json", ids | {"_from_model_config": True})
-    write_tokenizer(model.tokenizer, folder, model.config.max_seq_len)
-    (folder / "README.md").write_text(_card(model, family, dtype), encoding="utf-8")
+    ends = [model.tokenizer.bos_id], []
+    if model.use != "language_model":
+        ends = model.prefix, model.suffix
+    longest = model.config.max_seq_len
+    write_tokenizer(model.tokenizer, folder, longest, ends, ids.get("pad_token_id"))
+    card = model_card(model, family.architecture, dtype)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     write_tensors(
         folder,
         family.shapes(model.config),
@@ -166,28 +161,25 @@ def write_model(folder: Path, family: Family, model: Model, dtype: str, file_byt
     )
 
 
+def _token_ids(model: Model, settings: Mapping[str, Any]) -> dict[str, int | None]:
+    """The ids that both configurations name."""
+    tokenizer = model.tokenizer
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if model.use == "language_model":
+        return ids
+    ids["pad_token_id"] = settings.get("pad_token_id", tokenizer.pad_id)
+    if model.use == "translator":
+        # Where Marian is not told, it ends texts with an id of its own.
+        ids |= {"decoder_start_token_id": tokenizer.bos_id, "forced_eos_token_id": None}
+    return ids
+
+
+def _generation(model: Model, ids: Mapping[str, Any]) -> dict[str, Any]:
+    """How transformers generates where it is not told otherwise."""
+    if model.use == "language_model":
+        return ids | {"_from_model_config": True}
+    return ids | SEARCH | {"max_length": model.config.max_seq_len}
+
+
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _card(model: Model, family: Family, dtype: str) -> str:
-    c = model.config
-    sizes = f"{c.num_layers} layers, width {c.d_model}, {c.num_heads} heads"
-    facts = "".join(f"| {name} | {value} |\n" for name, value in model.facts.items())
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- jaxlm\n---\n\n"
-        f"# {model.name}\n\n"
-        f"A language model trained with jaxlm, in the form of `{family.architecture}`: {sizes}, "
-        f"vocabulary {c.vocab_size}, texts of up to {c.max_seq_len} tokens, weights in {dtype}.\n\n"
-        f"| | |\n|---|---|\n{facts}\n"
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        'inputs = tokenizer("Once", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
-        "```\n\n"
-        "`verification.json` says how the logits of these files in transformers compare with those "
-        "of the model they were written from.\n"
-    )

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.export.huggingface import Model
+from jaxlm.export.model import Model
 from jaxlm.export.safetensors import write_tensors
 from jaxlm.export.table import as_tree, by_path
 from jaxlm.models.decoder import Decoder

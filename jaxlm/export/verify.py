@@ -16,31 +16,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.decode import Sampling, build_decode_program
 from jaxlm.errors import UserError
-from jaxlm.export.huggingface import Model
-from jaxlm.mesh import make_mesh
-from jaxlm.models.build import make_model
-from jaxlm.nn.attention import Places
+from jaxlm.export.expected import NEW_TOKENS, NUM_BEAMS, TEXTS, Expected
+from jaxlm.export.model import Model
 
 REPORT = "verification.json"
-NEW_TOKENS = 12
-PROMPT_TOKENS = 40
-LONGEST_WINDOW = 512
-TEXTS = (
-    "Once upon a time there was a model, and it had to be the same everywhere.",
-    "def f(x):\n\tif x <= 0:\n\t    return None  # nothing\n\treturn {'a': [x ** 2, 1e-5]}\n",
-    "大型语言模型与并行计算。今天天气很好！",
-    "emoji 😀👩‍👩‍👧‍👦 and accents: naïve façade, e\u0301, Ünïcödé",
-    "  two spaces, \t a tab,\r\n\r\na line of Windows   and   gaps  ",
-    "<s> not a token </s> <|endoftext|> [INST] \u2581 0123456789 3.14159",
-    "Привет, мир! שלום עולם مرحبا بالعالم नमस्ते",
-    "",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,81 +89,6 @@ class Verification:
         (folder / REPORT).write_text(text + "\n", encoding="utf-8")
 
 
-@dataclasses.dataclass(frozen=True)
-class Expected:
-    """What the model itself computes."""
-
-    prompts: list[list[int]]
-    greedy: list[list[int]]
-    logits: list[np.ndarray]
-    """[tokens of prompt and continuation, V] float32."""
-    ids: list[list[int]]
-    """Of each of TEXTS."""
-
-
-def expected_of(model: Model, dtype: str | None) -> Expected:
-    """Run the model on prompts of its own, in float32, its weights rounded to `dtype` first.
-
-    Raises UserError where its logits are not finite.
-    """
-    config = dataclasses.replace(
-        model.config, dtype="float32", attention="plain", dropout=0.0, attention_dropout=0.0
-    )
-    decoder, params = make_model(config), model.params
-    if dtype is not None:
-        # By NumPy, as they are written.
-        round_ = lambda x: jnp.asarray(np.asarray(x).astype(dtype).astype(x.dtype))  # noqa: E731
-        params = jax.tree.map(round_, params)
-    prefix = model.prefix or [model.tokenizer.bos_id]
-    ids = [[*model.prefix, *model.tokenizer.encode(text)] for text in TEXTS]
-    prompts = _prompts(config, [prefix + i[len(model.prefix) :] for i in ids])
-    with jax.default_matmul_precision("highest"):
-        program = build_decode_program(decoder, make_mesh("dp1"))
-        (greedy,) = program.generate(
-            program.prepare(params),
-            prompts,
-            max_new_tokens=NEW_TOKENS,
-            sampling=Sampling(temperature=0.0),
-            eos_id=None,
-        )
-        rows = [prompt + new for prompt, new in zip(prompts, greedy, strict=True)]
-        logits = _logits(decoder, params, rows)
-    if not all(np.isfinite(values).all() for values in logits):
-        rounded = "" if dtype is None else f" once its weights are rounded to {dtype}"
-        raise UserError(
-            f"the model computes numbers that are not finite{rounded}, so that nothing can be "
-            "compared: export another step, or another dtype"
-        )
-    return Expected(prompts, greedy, logits, ids)
-
-
-def _logits(decoder, params, rows: list[list[int]]) -> list[np.ndarray]:
-    """Logits [T, V] at every position of each row, one row at a time: a vocabulary is large."""
-
-    @jax.jit
-    def run(params, tokens):
-        places = Places(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-        hidden, *_ = decoder.hidden(params, tokens, places)
-        return decoder.logits(params, hidden)[0]
-
-    longest = max(map(len, rows))
-    padded = (np.array([row + [0] * (longest - len(row))], np.int32) for row in rows)
-    return [
-        np.asarray(run(params, tokens))[: len(row)]
-        for row, tokens in zip(rows, padded, strict=True)
-    ]
-
-
-def _prompts(config, encoded: list[list[int]]) -> list[list[int]]:
-    """Beginnings of texts, and random tokens past a window or to where context ends."""
-    room = max(config.max_seq_len - NEW_TOKENS, 1)
-    prompts = [ids[: min(PROMPT_TOKENS, room)] for ids in encoded[:4]]
-    window = config.sliding_window or 0
-    longer = window + 16 if window <= LONGEST_WINDOW else 0
-    draw = np.random.default_rng(0).integers(0, config.vocab_size, max(64, longer))
-    return [*prompts, draw[:room].tolist()]
-
-
 def skipped(stack: Stack, dtype: str) -> Verification:
     """The report of an export that nobody looked at."""
     return Verification(
@@ -211,14 +118,8 @@ def verify(
         )
         return dataclasses.replace(unverified, reason=reason)
     with tempfile.TemporaryDirectory() as work:
-        request = {
-            "model": str(path),
-            "prompts": expected.prompts,
-            "texts": list(TEXTS),
-            "tokenizing": dict(tokenizing),
-            "new_tokens": NEW_TOKENS,
-            "out": str(Path(work) / "answer.npz"),
-        }
+        request = _request(path, expected) | {"tokenizing": dict(tokenizing)}
+        request["out"] = str(Path(work) / "answer.npz")
         answer = _run_elsewhere(stack, request, Path(work))
     versions |= json.loads(str(answer["versions"]))
     problem = str(answer["problem"]) if "problem" in answer else ""
@@ -226,7 +127,8 @@ def verify(
     for i, prompt in enumerate(expected.prompts):
         result = _compare_prompt(stack, expected, i, answer, tolerance)
         worst = max(worst, result["difference"])
-        prompts.append({"tokens": prompt, **result})
+        source = {"source": expected.sources[i]} if expected.sources else {}
+        prompts.append({"tokens": prompt, **source, **result})
         problem = problem or _prompt_problem(i, result, tolerance)
     equal, different = 0, None
     for i, text in enumerate(TEXTS):
@@ -236,7 +138,8 @@ def verify(
             different = i if different is None and not same else different
     if different is not None:
         problem = problem or _ids_problem(different, expected, answer)
-    said = f"logits within {worst:.1e} of the largest, greedy tokens and ids equal"
+    made = ["greedy tokens"] * bool(expected.greedy) + ["beams"] * bool(expected.beams) + ["ids"]
+    said = f"{expected.what} within {worst:.1e} of the largest, {' and '.join(made)} equal"
     return dataclasses.replace(
         unverified,
         verified=not problem,
@@ -246,6 +149,20 @@ def verify(
         prompts=prompts,
         texts_with_equal_ids=equal,
     )
+
+
+def _request(path: Path, expected: Expected) -> dict[str, Any]:
+    """What the other stack is asked."""
+    return {
+        "model": str(path),
+        "use": expected.use,
+        "prompts": expected.prompts,
+        "sources": expected.sources,
+        "texts": list(TEXTS),
+        "new_tokens": NEW_TOKENS,
+        "num_beams": NUM_BEAMS,
+        "end": expected.end,
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -275,12 +192,13 @@ def _compare_prompt(stack: Stack, expected: Expected, i: int, answer, tolerance:
     """The largest difference at any position of a prompt, and how far greedy texts agree."""
     logits = expected.logits[i]
     ours = _log_softmax(logits) if stack.normalised else logits
-    positions = answer.get(f"positions_{i}", np.arange(len(expected.prompts[i])))
+    every = np.arange(min(len(expected.prompts[i]), len(ours)))
+    positions = answer.get(f"positions_{i}", every)
     ours, theirs = ours[positions], answer[f"{'logprobs' if stack.normalised else 'logits'}_{i}"]
     if ours.shape != theirs.shape:
         raise UserError(f"{stack.name} gave logits {theirs.shape} where there are {ours.shape}")
-    greedy = answer[f"greedy_{i}"].tolist()
-    if len(greedy) != len(expected.greedy[i]):
+    greedy = answer[f"greedy_{i}"].tolist() if expected.greedy else []
+    if expected.greedy and len(greedy) != len(expected.greedy[i]):
         raise UserError(
             f"{stack.name} gave {len(greedy)} greedy tokens where there are "
             f"{len(expected.greedy[i])}"
@@ -289,12 +207,16 @@ def _compare_prompt(stack: Stack, expected: Expected, i: int, answer, tolerance:
     apart = np.abs(ours - theirs)
     apart = np.where(np.isnan(apart), np.inf, apart).max(axis=1) / largest
     worst = int(apart.argmax())
-    return {
+    result = {
         "difference": float(apart[worst]),
         "at_position": int(positions[worst]),
         "largest_logit": largest,
-        "greedy": _compare_greedy(expected, i, greedy, tolerance * largest),
     }
+    if expected.greedy:
+        result["greedy"] = _compare_greedy(expected, i, greedy, tolerance * largest)
+    if expected.beams:
+        result["beams"] = _compare_beams(expected, i, answer, tolerance * largest)
+    return result
 
 
 def _compare_greedy(expected: Expected, i: int, theirs: list[int], tolerance: float) -> str:
@@ -309,14 +231,25 @@ def _compare_greedy(expected: Expected, i: int, theirs: list[int], tolerance: fl
     return "equal"
 
 
+def _compare_beams(expected: Expected, i: int, answer, tolerance: float) -> str:
+    """The same of the best texts of a beam search."""
+    mine, other = expected.beams[i], answer[f"beams_{i}"].tolist()
+    if mine.tokens == other:
+        return "equal"
+    near = abs(mine.score - float(answer[f"beams_score_{i}"])) <= 2 * tolerance
+    kind = "a near tie" if near else "different"
+    return f"{kind}: {mine.tokens} here, {other} there"
+
+
 def _prompt_problem(i: int, result: dict, tolerance: float) -> str:
     if result["difference"] > tolerance:
         return (
             f"prompt {i} differs at position {result['at_position']} by {result['difference']:.1e} "
             f"of the largest logit (allowed: {tolerance:.0e})"
         )
-    if result["greedy"].startswith("different"):
-        return f"prompt {i} continues differently: {result['greedy']}"
+    for how in ("greedy", "beams"):
+        if result.get(how, "").startswith("different"):
+            return f"prompt {i} continues differently ({how}): {result[how]}"
     return ""
 
 

@@ -48,28 +48,39 @@ DROPPED = (
     "tokenizer_file",
     "vocab_file",
 )
+Ends = tuple[list[int], list[int]]
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer,
+    folder: Path,
+    max_length: int,
+    ends: Ends | None = None,
+    pad_id: int | None = None,
+) -> None:
     """Write what AutoTokenizer needs into `folder`, which exists.
 
-    `AutoTokenizer(text).input_ids` is `[bos_id, *tokenizer.encode(text)]` for every text.
-    `max_length` is the most tokens the model takes. Raises UserError for a tokenizer that a
-    tokenizer.json cannot express.
+    `AutoTokenizer(text).input_ids` is `[*begin, *tokenizer.encode(text), *end]` for every text,
+    where `ends` are (begin, end), by default the begin token alone. `max_length` is the most tokens
+    the model takes, `pad_id` what rows of texts are padded with. Raises UserError for a tokenizer
+    that a tokenizer.json cannot express.
     """
+    ends = ends or ([tokenizer.bos_id], [])
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        spec, config = _begin_in_front(tokenizer), _kept_config(tokenizer)
+        spec, config = _between(tokenizer, ends), _kept_config(tokenizer)
     else:
         (folder / tokenizer.file_name).write_bytes(tokenizer.model)
-        spec, config = _from_sentencepiece(tokenizer)
+        spec, config = _from_sentencepiece(tokenizer, ends)
+    if pad_id is not None:
+        config["pad_token"] = tokenizers.Tokenizer.from_str(spec).id_to_token(pad_id)
     config |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
-        "add_bos_token": True,
-        "add_eos_token": False,
+        "add_bos_token": bool(ends[0]),
+        "add_eos_token": bool(ends[1]),
     }
     names = {
         key: config[key] for key in ("bos_token", "eos_token", *SPECIAL_NAMES) if key in config
@@ -83,20 +94,19 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
         (folder / name).write_text(text + "\n", "utf-8")
 
 
-def _begin_in_front(tokenizer: HuggingFaceTokenizer) -> str:
-    """Its tokenizer.json, whose post-processing adds the begin token and nothing else.
+def _between(tokenizer: HuggingFaceTokenizer, ends: Ends) -> str:
+    """Its tokenizer.json, whose post-processing adds these ends and nothing else.
 
     A space that encoding puts in front is taken away by decoding, as jaxlm does.
     """
     spec = json.loads(tokenizer.model) | {"truncation": None, "padding": None}
     backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
     text = backend.encode("a", add_special_tokens=False).ids
-    if backend.encode("a").ids != [tokenizer.bos_id, *text]:
+    if backend.encode("a").ids != [*ends[0], *text, *ends[1]]:
         old = spec["post_processor"] or {}
         parts = old.get("processors", [old])
         kept = [part for part in parts if part.get("type") == "ByteLevel"]
-        begin = backend.id_to_token(tokenizer.bos_id)
-        backend.post_processor = _template(begin, tokenizer.bos_id)
+        backend.post_processor = _template(backend, ends)
         new = json.loads(backend.to_str())["post_processor"]
         if kept:
             new = {"type": "Sequence", "processors": [*kept, new]}
@@ -107,11 +117,14 @@ def _begin_in_front(tokenizer: HuggingFaceTokenizer) -> str:
     return json.dumps(spec, ensure_ascii=False)
 
 
-def _template(begin: str, begin_id: int) -> processors.TemplateProcessing:
+def _template(backend: tokenizers.Tokenizer, ends: Ends) -> processors.TemplateProcessing:
+    begin, end = (list(map(backend.id_to_token, ids)) for ids in ends)
+    second = [f"{piece}:1" for piece in (*begin, "$B", *end)]
+    ids = sorted({*ends[0], *ends[1]})
     return processors.TemplateProcessing(
-        single=[begin, "$A"],
-        pair=[begin, "$A", f"{begin}:1", "$B:1"],
-        special_tokens=[(begin, begin_id)],
+        single=[*begin, "$A", *end],
+        pair=[*begin, "$A", *end, *second],
+        special_tokens=[(backend.id_to_token(i), i) for i in ids],
     )
 
 
@@ -145,7 +158,7 @@ def _content(name: str | dict | None) -> str | None:
     return name.get("content") if isinstance(name, dict) else name
 
 
-def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[str, dict]:
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer, ends: Ends) -> tuple[str, dict]:
     """An equal tokenizer.json, and the names of the special tokens."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
     _check_expressible(proto)
@@ -170,12 +183,11 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[str, dict]:
     splits = _splits(pieces, is_unigram, bytewise)
     if splits:
         backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    ends = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *ends])
+    strip = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *strip])
     _add_tokens(backend, pieces, is_unigram)
-    begin = pieces[tokenizer.bos_id][0]
-    backend.post_processor = _template(begin, tokenizer.bos_id)
-    names = {"bos_token": begin, "unk_token": pieces[unknown][0]}
+    backend.post_processor = _template(backend, ends)
+    names = {"bos_token": pieces[tokenizer.bos_id][0], "unk_token": pieces[unknown][0]}
     if tokenizer.eos_id is not None:
         names["eos_token"] = pieces[tokenizer.eos_id][0]
     return backend.to_str(), names

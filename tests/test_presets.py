@@ -37,10 +37,10 @@ PUBLISHED = {
     # Less two tables of sinusoids [512, 512], which are stored there and computed here, and with
     # the bias of the logits, which is no parameter there.
     "marian-base": (58101, 74_410_496 - 2 * 512 * 512 + 58101),
-    # Less their poolers, which here are a classifier's.
-    "bert-tiny": (30522, 4_385_920 - 128 * 129),
-    "bert-base": (30522, 109_482_240 - 768 * 769),
-    "roberta-base": (50265, 124_645_632 - 768 * 769),
+    "bert-tiny": (30522, 4_385_920),
+    "bert-base": (30522, 109_482_240),
+    "roberta-base": (50265, 124_645_632),
+    # Less its pooler, which it does not use.
     "minilm-l6": (30522, 22_713_216 - 384 * 385),
     "lstm-medium": (10000, 19_780_400),
 }

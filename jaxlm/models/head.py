@@ -9,6 +9,8 @@ from jaxlm.sharding import constrain, with_axes
 
 VOCABULARY_HEAD, LABEL_HEAD = HEADS = "head", "classifier"
 """Where a model's parameters have its head."""
+POOLER = "dense"
+"""Where a label head's have what comes before its logits."""
 
 
 class VocabularyHead(nn.Module):
@@ -56,7 +58,7 @@ class LabelHead(nn.Module):
         biased = c.kind == "encoder"
         if c.pooler:
             dense = Dense(
-                (c.d_model,), ("embed", None), self.dtype, **init, use_bias=True, name="dense"
+                (c.d_model,), ("embed", None), self.dtype, **init, use_bias=True, name=POOLER
             )
             pooled_btd = jnp.tanh(dense(pooled_btd))
         if c.labels is None:

@@ -15,7 +15,7 @@ from jaxlm.export.expected import expected_of
 from jaxlm.export.exporter import check_kind, check_target, export_model
 from jaxlm.export.huggingface import is_model_folder, read_settings
 from jaxlm.export.safetensors import read_tensors
-from jaxlm.export.verify import TRANSFORMERS, Verification, verify
+from jaxlm.export.verify import PLAIN, TRANSFORMERS, Verification, verify
 from jaxlm.loading import find_model, load_program, read_description, read_model
 from jaxlm.mesh import folded_mesh, make_mesh
 from jaxlm.sharding import check_fits
@@ -136,9 +136,7 @@ def check_import(folder: Path, say: Callable[[str], None]) -> Verification:
         if values.astype(tensors[name].dtype).tobytes() != tensors[name].tobytes():
             raise UserError(f"tensor {name} of {folder} does not come back as it was")
     say(f"all {len(tensors)} tensors come back byte for byte; comparing with transformers")
-    # What spells a special token is text here, and there only if asked.
-    plain = {"split_special_tokens": True}
-    report = verify(TRANSFORMERS, model, folder, "float32", expected_of(model, None), plain)
+    report = verify(TRANSFORMERS, model, folder, "float32", expected_of(model, None), PLAIN)
     if not report.verified and report.prompts:
         raise UserError(f"{folder} computes something else here: {report.reason}")
     return report

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import transformers
 
+from jaxlm.chat import Message, encode_prompt, with_template
 from jaxlm.config import TokenizerConfig
 from jaxlm.errors import UserError
 from jaxlm.export import __main__ as command
@@ -42,11 +43,18 @@ MODELS = {
 }
 
 
+BEGIN, END = "<|im_start|>", "<|im_end|>"
+
+
+def some_texts() -> list[str]:
+    words = "abc def ghij klmno pq 中文 é you , . the a of"
+    return [" ".join(np.random.default_rng(i).choice(words.split(), 40)) for i in range(60)]
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = "abc def ghij klmno pq 中文 é you , . the a of"
-    texts = [" ".join(np.random.default_rng(i).choice(words.split(), 40)) for i in range(60)]
-    return train_tokenizer(iter(texts), TokenizerConfig(vocab_size=300), [">>de<<", ">>fr<<"])
+    config = TokenizerConfig(vocab_size=300)
+    return train_tokenizer(iter(some_texts()), config, [">>de<<", ">>fr<<"])
 
 
 def random_model(fields, tokenizer) -> Model:
@@ -170,3 +178,20 @@ def test_networks_that_transformers_has_not_are_refused(kind, tokenizer, tmp_pat
     object.__setattr__(model.config, "kind", kind)
     with pytest.raises(UserError, match=f"model.kind={kind} cannot be exported to hf"):
         export_model(model, "hf", tmp_path / "out", say=print)
+
+
+@pytest.mark.slow
+def test_a_chat_template_travels(tmp_path):
+    learnt = train_tokenizer(iter(some_texts()), TokenizerConfig(vocab_size=300), [BEGIN, END])
+    model = random_model(SMALL, with_template(learnt))
+    report = export_model(model, "hf", tmp_path / "hf", say=print)
+    assert report.verified, report.reason
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    talk = (("system", "be quick"), ("user", "fox"), ("assistant", "dog"), ("user", "lazy"))
+    messages = [{"role": role, "content": content} for role, content in talk]
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    ours = [Message(m["role"], m["content"]) for m in messages]
+    assert ids == encode_prompt(model.tokenizer, ours)
+    assert learnt.special_ids[BEGIN] in ids
+    again = load_tokenizer(tmp_path / "hf")
+    assert encode_prompt(again, ours) == ids

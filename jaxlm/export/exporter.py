@@ -60,7 +60,9 @@ def export_model(
         else:
             say(f"verifying it with {stack.name}")
             rounded = dtype if dtype in verify.ROUNDED else None
-            report = verify.verify(stack, model, path, dtype, expected_of(model, rounded))
+            asked = {} if model.tokenizer.chat_template is None else verify.PLAIN
+            expected = expected_of(model, rounded)
+            report = verify.verify(stack, model, path, dtype, expected, asked)
             if not report.verified and report.prompts:
                 hint = HINTS.get((to, table and table.model_type), "")
                 raise UserError(f"{stack.name} runs another model: {report.reason}{hint}")

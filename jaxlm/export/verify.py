@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,8 @@ from jaxlm.export.expected import NEW_TOKENS, NUM_BEAMS, TEXTS, Expected
 from jaxlm.export.model import Model
 
 REPORT = "verification.json"
+# Options of transformers' tokenizer: what spells a special token is text, as it is here.
+PLAIN = {"split_special_tokens": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def verify(
     path: Path,
     dtype: str,
     expected: Expected,
-    tokenizing: Mapping[str, Any] = MappingProxyType({}),
+    tokenizing: Mapping[str, Any],
 ) -> Verification:
     """Run what was written at `path` in the other stack, and compare.
 

@@ -62,9 +62,10 @@ def write_tokenizer(
     """Write what AutoTokenizer needs into `folder`, which exists.
 
     `AutoTokenizer(text).input_ids` is `[*begin, *tokenizer.encode(text), *end]` for every text,
-    where `ends` are (begin, end), by default the begin token alone. `max_length` is the most tokens
-    the model takes, `pad_id` what rows of texts are padded with. Raises UserError for a tokenizer
-    that a tokenizer.json cannot express.
+    where `ends` are (begin, end), by default the begin token alone. With a chat template, a text
+    that spells a special token needs `split_special_tokens=True` for that. `max_length` is the most
+    tokens the model takes, `pad_id` what rows of texts are padded with. Raises UserError for a
+    tokenizer that a tokenizer.json cannot express.
     """
     ends = ends or ([tokenizer.bos_id], [])
     if isinstance(tokenizer, HuggingFaceTokenizer):
@@ -74,11 +75,14 @@ def write_tokenizer(
         spec, config = _from_sentencepiece(tokenizer, ends)
     if pad_id is not None:
         config["pad_token"] = tokenizers.Tokenizer.from_str(spec).id_to_token(pad_id)
+    if tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
     config |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
+        # A chat template's text holds special tokens; other text only spells them.
+        "split_special_tokens": tokenizer.chat_template is None,
         "add_bos_token": bool(ends[0]),
         "add_eos_token": bool(ends[1]),
     }

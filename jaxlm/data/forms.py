@@ -90,6 +90,11 @@ class Form(ABC):
 
     def tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer as the task uses it. Raises UserError for one without what that takes."""
+        if tokenizer.loses_spaces:
+            raise UserError(
+                "the tokenizer has word pieces, which lose a text's spaces: a model that writes "
+                "texts needs one that gives them back"
+            )
         return tokenizer
 
     @abstractmethod
@@ -143,14 +148,6 @@ class Documents(Form):
 
     def texts(self, item: str) -> Sequence[str]:
         return [item]
-
-    def tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
-        if tokenizer.loses_spaces:
-            raise UserError(
-                "the tokenizer has word pieces, which lose a text's spaces: language modelling "
-                "needs one that gives texts back"
-            )
-        return tokenizer
 
     def facts(self) -> dict[str, Any]:
         return {"text_field": self.data.text_field}

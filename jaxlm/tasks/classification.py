@@ -78,6 +78,9 @@ class Classification(Examples):
             )
         return dataclasses.replace(self, names=labels)
 
+    def tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
+        return tokenizer  # a text that is only read need not be given back
+
     def dtypes(self, tokenizer: Tokenizer) -> dict[str, Any]:
         ids = token_dtype(tokenizer.vocab_size)
         return {"tokens": ids, "targets": np.uint32, "weights": np.uint8}

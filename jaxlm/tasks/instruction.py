@@ -71,7 +71,7 @@ class Instruction(Examples):
         return [message.content for message in item]
 
     def tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
-        return chat.with_template(tokenizer)
+        return chat.with_template(super().tokenizer(tokenizer))
 
     def dtypes(self, tokenizer: Tokenizer) -> dict[str, Any]:
         ids = token_dtype(tokenizer.vocab_size)

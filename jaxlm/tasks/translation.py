@@ -97,7 +97,7 @@ class Translation(Examples):
             )
         for language in self.names:
             tag_ids(tokenizer, language)
-        return tokenizer
+        return super().tokenizer(tokenizer)
 
     def dtypes(self, tokenizer: Tokenizer) -> dict[str, Any]:
         ids = token_dtype(tokenizer.vocab_size)

@@ -1,6 +1,7 @@
 """`python -m jaxlm.evaluate PATH --data=...`: how good a model is on a task's texts."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from jaxlm.beam import Beams
 from jaxlm.cli import OneSentenceParser, run_command
 from jaxlm.config import KINDS
 from jaxlm.errors import UserError
-from jaxlm.evaluation import Figures, Request, evaluate
+from jaxlm.evaluation import BEAMS, Figures, Request, evaluate
 from jaxlm.tasks.confusion import confusion_picture
 from jaxlm.tasks.labels import confusion_table
 from jaxlm.values import as_tuple
@@ -29,8 +30,10 @@ def main(argv: list[str]) -> None:
         task=arguments.task,
         baseline=arguments.baseline,
         limit=arguments.limit,
-        beams=Beams(arguments.beams, arguments.length_penalty),
+        beams=_beams(arguments.num_beams, arguments.length_penalty),
     )
+    if arguments.picture is not None:
+        _check_picture(Path(arguments.picture).expanduser())
     model = load(arguments.path, arguments.mesh, average_last=arguments.average_last)
     figures = evaluate(model, request, lambda line: print(line, file=sys.stderr))
     if arguments.picture is not None:
@@ -97,7 +100,20 @@ def _table(rows: list[list[str]]) -> str:
 def _draw(figures: Figures, path: str) -> None:
     if "confusion" not in figures:
         raise UserError(f"--picture={path} is for task=classification, not {figures['task']}")
-    Path(path).write_text(confusion_picture(figures["confusion"], list(figures["labels"])))
+    drawn = confusion_picture(figures["confusion"], list(figures["labels"]))
+    Path(path).expanduser().write_text(drawn, encoding="utf-8")
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix != ".svg" or not path.parent.is_dir():
+        raise UserError(f"--picture={path} should name an SVG file in a folder that exists")
+
+
+def _beams(num_beams: int | None, length_penalty: float | None) -> Beams | None:
+    """How to search, where anything was said about it."""
+    given = {"num_beams": num_beams, "length_penalty": length_penalty}
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(BEAMS, **given) if given else None
 
 
 def _list(text: str | None) -> tuple[str, ...]:
@@ -133,9 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--languages", help="translation: target language of each source; left out: the run's"
     )
-    parser.add_argument("--beams", type=_count, default=4, help="translation [%(default)s]")
+    parser.add_argument("--num_beams", type=_count, help=f"translation [{BEAMS.num_beams}]")
     parser.add_argument(
-        "--length_penalty", type=float, default=0.6, help="translation [%(default)s]"
+        "--length_penalty", type=float, help=f"translation [{BEAMS.length_penalty}]"
     )
     parser.add_argument(
         "--limit", type=_count, help="only so many of each source's documents or records"

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlm.api import LanguageModel
 from jaxlm.beam import Beams
-from jaxlm.config import Config, TokenizerConfig
+from jaxlm.config import KINDS, Config, TokenizerConfig
 from jaxlm.continuing import Row, Settings, continue_rows
 from jaxlm.data.corpus import Prepared, prepare
 from jaxlm.data.loader import validation_batches
@@ -30,6 +30,7 @@ from jaxlm.tasks.metrics import translation_metrics
 from jaxlm.tasks.translation import reference_pairs
 
 ROWS_PER_SHARD = 8
+BEAMS = Beams(num_beams=4, length_penalty=0.6)
 BASELINE = re.compile(r"ngram([1-9]\d*)")
 
 Figures = dict[str, object]
@@ -50,8 +51,8 @@ class Request:
     """Language modelling: `ngramN`, fitted on the training texts of the model's run."""
     limit: int | None = None
     """Take only so many of the first documents or examples of each source."""
-    beams: Beams = Beams(num_beams=4, length_penalty=0.6)  # noqa: RUF009
-    """Translation: how it searches."""
+    beams: Beams | None = None
+    """Translation: how it searches; None: as BEAMS."""
 
 
 def evaluate(model: LanguageModel, request: Request, report: Report = lambda line: None) -> Figures:
@@ -61,18 +62,9 @@ def evaluate(model: LanguageModel, request: Request, report: Report = lambda lin
     `report` gets lines of progress. Raises UserError for texts, tasks and baselines that do not
     fit the model.
     """
-    config = dataclasses.replace(model.config, task=request.task or model.config.task)
-    if (config.task == "classification") != (config.model.labels is not None):
-        has = "labels" if config.model.labels is not None else "no labels"
-        raise UserError(
-            f"{model.source} has {has}, so it cannot be evaluated on task={config.task}: leave "
-            "--task out, or give another model"
-        )
-    if request.baseline is not None and config.task != "language_modelling":
-        raise UserError(
-            f"--baseline={request.baseline} is for task=language_modelling, not {config.task}: "
-            "leave it out"
-        )
+    task = request.task or model.config.task
+    _check(model, task, request)
+    config = dataclasses.replace(model.config, task=task)
     if is_model_folder(model.source):
         data = dataclasses.replace(config.data, seq_len=min(config.seq_len, MOST_TOKENS))
         config = dataclasses.replace(config, data=data)
@@ -81,6 +73,24 @@ def evaluate(model: LanguageModel, request: Request, report: Report = lambda lin
         few = tuple(file.first(request.limit) for file in prepared.valid)
         prepared = dataclasses.replace(prepared, valid=few)
     return {"task": config.task} | TASKS[config.task](model, config, prepared, request, report)
+
+
+def _check(model: LanguageModel, task: str, request: Request) -> None:
+    """Raise UserError for a task that the model cannot do, and for what the task does not read."""
+    kind, labels = model.config.model.kind, model.config.model.labels
+    if kind not in KINDS[task] or (task == "classification") != (labels is not None):
+        raise UserError(
+            f"{model.source} is a model of task={model.config.task} and cannot be evaluated on "
+            f"task={task}: leave --task out, or give another model"
+        )
+    reads = {
+        "--baseline": (request.baseline, "language_modelling"),
+        "--languages": (request.languages, "translation"),
+        "--beams and --length_penalty": (request.beams, "translation"),
+    }
+    for option, (value, reader) in reads.items():
+        if value and task != reader:
+            raise UserError(f"{option} is for task={reader}, not {task}: leave it out")
 
 
 def _prepare(model: LanguageModel, config: Config, request: Request, report: Report) -> Prepared:
@@ -129,7 +139,8 @@ def _sums(model: LanguageModel, config: Config, prepared: Prepared):
     rows = [prepared.form.rows(file, config.seq_len) for file in prepared.valid]
     for batch in validation_batches(rows, batch_size=ROWS_PER_SHARD * batch_shards(program.mesh)):
         batch = make_batch(batch)
-        num_bytes += int(lengths[batch.targets[batch.weights > 0]].sum())
+        if config.model.labels is None:  # else targets are labels
+            num_bytes += int(lengths[batch.targets[batch.weights > 0]].sum())
         placed = place(batch, batch_sharding(program.mesh))
         sums.append(jax.device_get(compiled(model.params, placed)))
     add = lambda *parts: np.sum(parts, axis=0, dtype=np.float64)  # noqa: E731
@@ -182,7 +193,8 @@ def _translation(
 ) -> Figures:
     pairs = reference_pairs(prepared)
     report(f"translating {len(pairs):,} texts")
-    searches = request.beams if request.beams.num_beams > 1 else None
+    beams = request.beams or BEAMS
+    searches = beams if beams.num_beams > 1 else None
     settings = Settings(config.seq_len, Sampling(temperature=0.0), searches, [], 0, 1)
     rows = [Row([model.tokenizer.bos_id], pair.source) for pair in pairs]
     texts = [text for (text,) in continue_rows(model, rows, settings)]

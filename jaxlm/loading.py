@@ -202,8 +202,8 @@ def _last_steps(folder: Path, count: int) -> list[Path]:
     if len(steps) < count:
         raise UserError(
             f"average_last={count} is more than the {len(steps)} complete checkpoints that {run} "
-            f"has up to {folder.name}: use {len(steps)} or less, or train with checkpoint.keep="
-            f"{count}"
+            f"has up to {folder.name}: use at most that, or keep more (checkpoint.keep, "
+            "checkpoint.every_steps)"
         )
     return steps[-count:]
 

@@ -120,10 +120,7 @@ def translate(
     was not told of and for a model of another task.
     """
     model = _as_model(model, mesh)
-    if model.config.task != "translation":
-        raise UserError(
-            f"a model of task={model.config.task} reads no source to translate: use jaxlm.generate"
-        )
+    _check_task(model, "translate", "translation")
     search = {"length_penalty": length_penalty, "early_stopping": early_stopping}
     return generate(
         model,
@@ -296,5 +293,5 @@ def _check_length(model: LanguageModel, what: str, length: int, remedy: str) -> 
 def _check_task(model: LanguageModel, function: str, *tasks: str) -> None:
     """Raise UserError where a function is of no use with a model."""
     if (task := model.config.task) not in tasks:
-        better = "jaxlm.classify" if task == "classification" else "jaxlm.generate"
-        raise UserError(f"jaxlm.{function} takes no model of task={task}: use {better}")
+        better = {"classification": "classify", "translation": "translate"}.get(task, "generate")
+        raise UserError(f"jaxlm.{function} takes no model of task={task}: use jaxlm.{better}")

@@ -46,6 +46,8 @@ class Validation:
     @property
     def question(self) -> str:
         """What to ask the trained model by `python -m jaxlm.sample`."""
+        if self._config.task == "instruction":
+            return "--chat"
         return f"--prompt={self._config.train.sample_prompt or 'The '!r}"
 
     def closing(self) -> str | None:

@@ -185,7 +185,7 @@ def test_translations_are_evaluated_as_they_were_validated(task_run, capsys):
     evaluate.main([str(run), "--json", "--limit=5"])
     searched = json.loads(capsys.readouterr().out)
     assert searched["texts"] == 5 and "tok:13a" in searched["signatures"][""]
-    evaluate.main([str(run), "--limit=5", "--beams=1"])
+    evaluate.main([str(run), "--limit=5", "--num_beams=1"])
     assert capsys.readouterr().out.split()[:2] == ["BLEU", "chrF"]
 
 
@@ -193,7 +193,12 @@ def test_translations_are_evaluated_as_they_were_validated(task_run, capsys):
     ("arguments", "words"),
     [
         (["--baseline=bigram"], "use ngramN"),
-        (["--task=classification"], "has no labels"),
+        (["--task=classification"], "cannot be evaluated on task=classification"),
+        (["--task=translation"], "cannot be evaluated on task=translation"),
+        (["--num_beams=4"], "is for task=translation"),
+        (["--languages=de"], "is for task=translation"),
+        (["--picture=nowhere/x.svg"], "a folder that exists"),
+        (["--picture=x.png"], "an SVG file"),
         (["--task=instruction", "--baseline=ngram2"], "is for task=language_modelling"),
         (["--data=nowhere.txt"], "no such file"),
         (["--limit=0"], "above 0"),

@@ -117,7 +117,7 @@ def test_a_classifier_gives_labels_and_probabilities():
         ("translation", lambda m: translate(m, "fox " * 90, "de"), "source text 0 has"),
         ("translation", lambda m: score(m, ["a"], target="de"), "0 sources for 1"),
         ("translation", lambda m: generate(m, TALK, target="de"), "not messages"),
-        ("translation", lambda m: classify(m, "a"), "use jaxlm.generate"),
+        ("translation", lambda m: classify(m, "a"), "use jaxlm.translate"),
         ("classification", lambda m: generate(m, "a"), "use jaxlm.classify"),
         ("classification", lambda m: score(m, "a"), "use jaxlm.classify"),
         ("language_modelling", lambda m: translate(m, "a"), "use jaxlm.generate"),

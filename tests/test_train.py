@@ -92,7 +92,7 @@ def test_what_cannot_be_is_one_sentence(arguments, trained_run, corpus, tmp_path
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     cases = {
         "does not exist": {"init_from": tmp_path / "nowhere"},
-        "another tokenizer": {"init_from": trained_run, "tokenizer__vocab_size": 330},
+        "another tokenizer": {"init_from": trained_run, "tokenizer__vocab_size": 310},
         "less than the tokenizer's 320": {"model__vocab_size": 310},
         "layers/attention": {"init_from": trained_run, "model__d_ff": 128, "model__num_layers": 3},
         "cannot be made": {"out": corpus / "000.txt" / "run"},

@@ -31,6 +31,8 @@ class Instruction(Examples):
     row are left out.
     """
 
+    bad = "empty, null, invalid UTF-8 or without an answer"
+
     @property
     def columns(self) -> tuple[Column, ...]:
         data = self.data

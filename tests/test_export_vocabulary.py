@@ -283,6 +283,9 @@ def test_a_foreign_config_is_kept_but_for_what_would_change_ids(tmp_path):
     other = AutoTokenizer.from_pretrained(tmp_path)
     assert (other.chat_template, other.unk_token) == ("{{ messages }}", "<|x|>")
     assert (other.pad_token, len(other)) == (None, tokenizer.vocab_size)
+    # With a chat template, special tokens in a text are found unless one asks for its letters.
+    assert not other.split_special_tokens
+    other.split_special_tokens = True
     assert_equal((tokenizer, other), "def self: <think><pad><|x|><new>")
     ours = json.loads(tokenizer.model) | {"truncation": None}
     assert json.loads((tmp_path / "tokenizer.json").read_text("utf-8")) == ours

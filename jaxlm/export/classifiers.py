@@ -53,6 +53,8 @@ def decoder_classifier(family: Family) -> Family:
         return write_labels(family.write(settings))
 
     body = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    if family.model_type == "gemma3_text":
+        body = "Gemma3Text"  # the other name is that of a model which also sees
     return dataclasses.replace(
         family,
         architecture=body + SUFFIX,

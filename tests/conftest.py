@@ -125,11 +125,6 @@ def compilations() -> list:
 
 
 @pytest.fixture
-def quick_compile():
-    """For modules that ask for what all of them have by now."""
-
-
-@pytest.fixture
 def strict():
     """No silent promotion of types or ranks. Optax and parts of Flax raise under it."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

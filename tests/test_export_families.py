@@ -20,7 +20,7 @@ from jaxlm.models.head import head_logits
 from jaxlm.nn.attention import Places, Source
 from jaxlm.sharding import make_layout, split_boxes
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "strict")
+pytestmark = pytest.mark.usefixtures("strict")
 
 # An odd vocabulary, 3 query heads to a key head, heads wider than D / N.
 SIZES = {

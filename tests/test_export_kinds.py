@@ -26,8 +26,6 @@ from jaxlm.sharding import split_boxes
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.tokenizer_training import train_tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL = {"max_seq_len": 48, "d_model": 24, "num_layers": 2, "num_heads": 4, "num_kv_heads": None}
 SMALL |= {"d_ff": 40, "init_std": 0.3}
 TRANSFORMER = PRESETS["transformer-base"] | SMALL | {"encoder_layers": 3}

@@ -318,10 +318,11 @@ class Config:
                 f"task={self.task} cannot train model.kind={self.model.kind}: set "
                 f"{' or '.join(others)}, or use a model of kind {' or '.join(kinds)}"
             )
-        if self.lora is not None and self.init_from is None:
+        if self.lora is not None and (self.init_from is None or self.model.is_recurrent):
             raise UserError(
-                "lora trains adapters of a model that is there: set init_from to a run or a "
-                "Hugging Face folder, or leave lora out"
+                f"lora adapts a Transformer that is there (init_from={show(self.init_from)}, "
+                f"model.kind={self.model.kind}): set init_from to the run or the Hugging Face "
+                "folder of one, or leave lora out"
             )
         if self.model.kind == "ngram":
             self._check_ngram()
@@ -331,7 +332,6 @@ class Config:
                 f"data.seq_len={self.seq_len} is more than the model handles (model.max_seq_len="
                 f"{self.model.max_seq_len}): lower it, or raise model.max_seq_len"
             )
-
         self._check_task()
 
     def _check_task(self) -> None:

@@ -27,7 +27,7 @@ from jaxlm.tasks.build import batch_maker, make_form
 from jaxlm.tasks.labels import label_metrics, label_scores
 from jaxlm.tasks.language_modelling import compressed_bits, loss_metrics
 from jaxlm.tasks.metrics import translation_metrics
-from jaxlm.tasks.translation import reference_pairs
+from jaxlm.tasks.translation import languages_of, reference_pairs, unknown_language
 
 ROWS_PER_SHARD = 8
 BEAMS = Beams(num_beams=4, length_penalty=0.6)
@@ -86,7 +86,7 @@ def _check(model: LanguageModel, task: str, request: Request) -> None:
     reads = {
         "--baseline": (request.baseline, "language_modelling"),
         "--languages": (request.languages, "translation"),
-        "--beams and --length_penalty": (request.beams, "translation"),
+        "a beam search (--num_beams, --length_penalty)": (request.beams, "translation"),
     }
     for option, (value, reader) in reads.items():
         if value and task != reader:
@@ -103,12 +103,31 @@ def _prepare(model: LanguageModel, config: Config, request: Request, report: Rep
         valid=request.data,
         valid_fraction=type(config.data).__dataclass_fields__["valid_fraction"].default,
         weights=None,
-        languages=request.languages or config.data.languages,
-        valid_languages=(),
+        **_languages(model, config, request),
     )
     path = str(model.source / model.tokenizer.file_name)
     form = make_form(dataclasses.replace(config, data=data))
     return prepare(data, TokenizerConfig(kind="file", path=path), report, form)
+
+
+def _languages(model: LanguageModel, config: Config, request: Request) -> dict[str, object]:
+    """The settings that tell the language of each source.
+
+    Raises UserError where they are not one for each, or not the model's.
+    """
+    languages, column = request.languages, None
+    if not languages:
+        languages, column = config.data.languages, config.data.language_column
+    if len(languages) > 1 and len(languages) != len(request.data):
+        given = "--languages gives" if request.languages else "the model's run has"
+        raise UserError(
+            f"{given} {len(languages)} languages ({', '.join(languages)}) for {len(request.data)} "
+            "sources in --data: give --languages, one for each"
+        )
+    known = languages_of(model.tokenizer)
+    if unknown := sorted({*languages} - {*known}):
+        raise unknown_language(unknown[0], known, "--languages: ")
+    return {"languages": languages, "valid_languages": (), "language_column": column}
 
 
 def _prepare_run(model: LanguageModel, config: Config, report: Report) -> Prepared:

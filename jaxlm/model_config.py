@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from jaxlm.errors import UserError, check_read, nearest_divisor, needs, show
 from jaxlm.model_parts import STRICT, ExpertsConfig, RopeScaling
+from jaxlm.presets import PRESETS
 from jaxlm.values import Count, Fraction, Natural, Positive, as_tuple
 
 RECURRENT = "rnn", "gru", "lstm"
@@ -161,6 +162,7 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
 
     def __post_init__(self):
+        self._check_read_by_kind()
         self._check_recurrent()
         if not self.is_recurrent:
             self._check_heads()
@@ -187,13 +189,29 @@ class ModelConfig:
             relative_max_distance=relative,
         )
 
+    def _check_read_by_kind(self):
+        """Raise UserError for a field of other kinds, where the model's reads few."""
+        if not self.is_recurrent and self.kind != "ngram":
+            return
+        reads = RECURRENT_READS if self.is_recurrent else NGRAM_READS
+        for key in sorted(self.__dataclass_fields__.keys() - {*reads}):
+            value = getattr(self, key)
+            if value == self.__dataclass_fields__[key].default:
+                continue
+            what, remedy = f"model.{key}={show(value)}", "leave it out"
+            if PRESETS.get(self.preset, {}).get(key) == value:
+                what += f", of model.preset={self.preset},"
+                remedy = "leave the preset out"
+            raise UserError(
+                f"{what} is not read by model.kind={self.kind}: {remedy}, or use a Transformer "
+                "such as model.kind=decoder"
+            )
+
     def _check_recurrent(self):
-        """What recurrent models alone read, and what they do not."""
+        """What recurrent models alone read."""
         recurrent = needs("model", self, "kind", *RECURRENT)
         has_encoder = self.is_recurrent and self.reads_source
         encoder = has_encoder, "model.encoder_layers of a recurrent model"
-        transformer = not self.is_recurrent, "a Transformer such as model.kind=decoder"
-        others = sorted(self.__dataclass_fields__.keys() - RECURRENT_READS)
         check_read(
             "model",
             self,
@@ -201,7 +219,6 @@ class ModelConfig:
             word_dropout=recurrent,
             reverse_source=encoder,
             source_attention=encoder,
-            **dict.fromkeys(others, transformer),
         )
         if has_encoder and self.encoder_layers != self.num_layers:
             raise UserError(
@@ -259,9 +276,6 @@ class ModelConfig:
 
     def _check_kind(self):
         """What only some kinds of model read."""
-        is_neural = self.kind != "ngram", "a model.kind other than ngram"
-        neural = [name for name in self.__dataclass_fields__ if name not in NGRAM_READS]
-        check_read("model", self, **dict.fromkeys(neural, is_neural))
         logits = self.kind != "encoder", "a model.kind with a head over the vocabulary"
         tied = self.tie_embeddings, "model.tie_embeddings=true"
         both = needs("model", self, "kind", "encoder_decoder")

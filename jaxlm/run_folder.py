@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -188,7 +189,12 @@ def _check_shared(run: Path, config_text: str) -> None:
 
 @contextlib.contextmanager
 def locked(run: Path):
-    """Make the run folder and keep other trainers out of it; the lock ends with the process."""
+    """Make the run folder and keep other trainers out of it; the lock ends with the process.
+
+    A run that is refused before it has begun leaves nothing behind.
+    """
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    kept = {*run.iterdir()} if run.is_dir() else set()
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / "lock").open("w")
@@ -207,7 +213,24 @@ def locked(run: Path):
             raise UserError(
                 f"another process is training in {run}: wait for it, or give another --out"
             ) from None
-        yield
+        try:
+            yield
+        except UserError:
+            if not _has_begun(run):
+                _withdraw(run, kept, made)
+            raise
+
+
+def _withdraw(run: Path, kept: set[Path], made: list[Path]) -> None:
+    """Remove what a run has written beside `kept`, and the folders `made` for it, inner ones first."""
+    for path in {*run.iterdir()} - kept:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    for folder in made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _has_begun(run: Path) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from jaxlm.api import LanguageModel, load
 from jaxlm.cli import OneSentenceParser, run_command
 from jaxlm.errors import UserError
+from jaxlm.tasks.translation import languages_of
 from jaxlm.texts import classify, generate, translate
 
 # What `translate` takes; with any other setting a translation is sampled instead.
@@ -60,17 +61,26 @@ def _check_model(model: LanguageModel, chats: bool, settings: dict) -> None:
         raise UserError(f"--{option} has no effect on a classifier: leave it out")
     if chats and (task == "translation" or not model.tokenizer.chat_template):
         raise UserError("the model has no chat template, so it cannot chat: leave out --chat")
+    target = settings.get("target")
+    if target is not None and task != "translation":
+        raise UserError(f"--target={target} is for a translation model: leave it out")
+    known = languages_of(model.tokenizer) if task == "translation" else ()
+    if target is None and len(known) > 1:
+        raise UserError(f"the model translates into {', '.join(known)}: choose one by --target=")
 
 
 def _interact(say: Callable[[str], None]) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and history)
-    print("Type a prompt and press Enter; an empty line or Ctrl-D ends.", file=sys.stderr)
+    is_typed = sys.stdin.isatty()
+    if is_typed:
+        print("Type a prompt and press Enter; an empty line or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input("> " if is_typed else "")
         except (EOFError, KeyboardInterrupt):
-            print(file=sys.stderr)
+            if is_typed:
+                print(file=sys.stderr)
             return
         if not line:
             return

@@ -199,6 +199,28 @@ def test_a_field_that_nothing_would_read_is_an_error(key, value, others, needed)
     refused([f"{key}=", "has no effect without", needed, f"leave {name} at"], **sections)
 
 
+@pytest.mark.parametrize(
+    ("model", "fragments"),
+    [
+        ({"kind": "lstm", "d_ff": 512}, ["model.d_ff=512 is not", "kind=lstm: leave it out, or"]),
+        ({"kind": "gru", "num_heads": 4}, ["model.num_heads=4 is not read by model.kind=gru"]),
+        ({"kind": "ngram", "dropout": 0.5}, ["dropout=0.5 is not read by model.kind=ngram"]),
+        (
+            {"kind": "rnn", "preset": "gpt2-tiny"},
+            ["of model.preset=gpt2-tiny, is not read", "leave the preset out, or use"],
+        ),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_fields_of_other_kinds_are_to_be_left_out(model, fragments):
+    refused([*fragments, "model.kind=decoder"], model=model)
+
+
+def test_recurrent_models_have_nothing_that_adapters_fit():
+    fragments = ["lora adapts a Transformer", "init_from='run', model.kind=gru", "leave lora out"]
+    refused(fragments, model={"kind": "gru"}, lora={"rank": 4}, init_from="run")
+
+
 # What each optimiser and schedule reads, besides what all of them do.
 READ_BY_ALL = {"name", "learning_rate", "schedule", "warmup_steps", "weight_decay", "clip_norm"}
 READ_BY_ALL |= {"ema_decay"}

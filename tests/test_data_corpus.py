@@ -166,19 +166,33 @@ def test_one_document_cannot_be_split(run, tmp_path, copies):
 
 
 def test_an_empty_corpus_says_why(run, tmp_path):
-    (tmp_path / "empty.txt").touch()
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     (tmp_path / "bad.txt").write_bytes(b"\xff" * 9)
     full = write(tmp_path / "full.jsonl", documents(9))
     with pytest.raises(
-        UserError, match=r"'.*empty\.txt' in data\.train has no .*all it has is empty"
+        UserError, match=r"'.*empty\.jsonl' in data\.train has no .*all it has is empty"
     ):
-        run(str(tmp_path / "empty.txt"))
+        run(str(tmp_path / "empty.jsonl"))
     with pytest.raises(UserError, match=r"'.*bad\.txt' in data\.train .*1 skipped as invalid"):
         run(full, str(tmp_path / "bad.txt"))
-    with pytest.raises(UserError, match=r"'.*empty\.txt' in data\.valid has no document"):
-        run(full, valid=(str(tmp_path / "empty.txt"),))
+    with pytest.raises(UserError, match=r"'.*empty\.jsonl' in data\.valid has no document"):
+        run(full, valid=(str(tmp_path / "empty.jsonl"),))
     with pytest.raises(UserError, match=r"in data\.train .*all 9 held out for validation"):
         run(full, valid_fraction=1 - 1e-9)
+
+
+def test_an_empty_file_is_called_empty(run, tmp_path):
+    full, folder = write(tmp_path / "full.jsonl", documents(9)), tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.txt", "b.tsv", "c.parquet"):
+        (folder / name).touch()
+    for train, valid, words in (
+        (str(folder / "a.txt"), "", r"a\.txt': the file is empty \(0 bytes\)"),
+        (full, str(folder / "b.tsv"), r"b\.tsv': the file is empty"),
+        (str(folder), "", "folder': all 3 files are empty"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(train, valid=(valid,) if valid else ())
 
 
 def test_an_empty_corpus_says_why_before_the_tokenizer_is_learned(run, tmp_path):

@@ -49,6 +49,7 @@ def test_tsv_columns_by_number_and_by_name(tmp_path):
         assert read(path, *named, tsv_header=True) == [("one", "eins")]
     write(path, "target\tsource\neins\tone\n")
     assert read(path, tsv_header=True) == [("one", "eins")]
+    assert read(write(path, ""), tsv_header=True) == []
 
 
 BAD_TSV = {

@@ -1,16 +1,20 @@
 """The evaluate command: figures that do not depend on how they are computed, and tables of them."""
 
+import dataclasses
 import json
 import random
+import re
 
 import numpy as np
 import pytest
 from conftest import tiny_arguments
+from loaded import loaded
 
 import jaxlm
 from jaxlm import evaluate, evaluation, train
 from jaxlm.beam import Beams
 from jaxlm.cli import read_config
+from jaxlm.config import DataConfig
 from jaxlm.data.corpus import prepare
 from jaxlm.data.loader import Rows
 from jaxlm.errors import UserError
@@ -189,13 +193,30 @@ def test_translations_are_evaluated_as_they_were_validated(task_run, capsys):
     assert capsys.readouterr().out.split()[:2] == ["BLEU", "chrF"]
 
 
+def test_languages_are_told_by_their_option(monkeypatch, tmp_path):
+    data = tmp_path / "a.tsv"
+    data.write_text("the fox\tder fuchs\n" * 3)
+    model = loaded("translation")
+    config = dataclasses.replace(model.config, data=DataConfig(languages=("de", "fr")))
+    monkeypatch.setattr(
+        evaluate, "load", lambda *_, **__: dataclasses.replace(model, config=config)
+    )
+    for options, words in (
+        ([], "the model's run has 2 languages (de, fr) for 1 sources in --data: give --languages"),
+        (["--languages=[de,fr,de]"], "--languages gives 3 languages"),
+        (["--languages=fx"], "--languages: 'fx' is not a target language"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            evaluate.main(["run", f"--data={data}", *options])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--baseline=bigram"], "use ngramN"),
         (["--task=classification"], "cannot be evaluated on task=classification"),
         (["--task=translation"], "cannot be evaluated on task=translation"),
-        (["--num_beams=4"], "is for task=translation"),
+        (["--num_beams=4"], r"\(--num_beams, --length_penalty\) is for task=translation"),
         (["--languages=de"], "is for task=translation"),
         (["--picture=nowhere/x.svg"], "a folder that exists"),
         (["--picture=x.png"], "an SVG file"),

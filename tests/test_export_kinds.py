@@ -154,10 +154,15 @@ def test_minilm_is_minilm(capsys):
 @pytest.mark.parametrize(
     ("kind", "changes", "to", "sentence"),
     [
-        ("translator", {}, "gguf", "model.kind=encoder_decoder cannot be exported to gguf"),
+        ("translator", {}, "gguf", "use to='hf', the run itself by jaxlm.load, or a model of kind"),
         ("translator", {}, "stablehlo", "cannot be exported to stablehlo"),
         ("llama", {}, "gguf", "a classifier (model.labels) cannot be exported to gguf"),
-        ("bert", {"pooling": "mean"}, "hf", "pooling='mean' cannot be written as bert"),
+        (
+            "bert",
+            {"pooling": "mean"},
+            "hf",
+            "'first'): use the run itself by jaxlm.load",
+        ),
         ("translator", {"mlp": "geglu"}, "hf", "model.mlp=geglu cannot be written as marian"),
         ("t5", {"qk_norm": "head"}, "hf", "qk_norm='head' cannot be written as t5"),
     ],
@@ -174,7 +179,7 @@ def test_networks_that_transformers_has_not_are_refused(kind, tokenizer, tmp_pat
     config = ModelConfig(preset="llama-tiny", vocab_size=9)
     model = Model("m", dataclasses.replace(config), {}, tokenizer, [1], {})
     object.__setattr__(model.config, "kind", kind)
-    with pytest.raises(UserError, match=f"model.kind={kind} cannot be exported to hf"):
+    with pytest.raises(UserError, match=f"model.kind={kind} .* to hf.*: use the run itself"):
         export_model(model, "hf", tmp_path / "out", say=print)
 
 

@@ -137,7 +137,7 @@ def test_greedy_tokens_are_the_likeliest(fitted_run):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": {"d_model": 64}}, "model.d_model=64 has no effect"),
+        ({"model": {"d_model": 64}}, "model.d_model=64 is not read"),
         ({"optim": {"name": "adamw"}}, "optim.name='adamw' has no effect"),
         ({"train": {"steps": 3}}, "train.steps=3 has no effect"),
         ({"parallel": {"rounds": 2}}, "parallel.rounds=2 has no effect"),

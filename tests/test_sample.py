@@ -34,6 +34,13 @@ def test_without_a_prompt_it_asks_until_an_empty_line(trained_run, capsys, monke
     assert "leaves no room" in captured.err
 
 
+def test_a_file_for_standard_input_is_not_told_what_to_type(trained_run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\nc"))
+    sample.main([str(trained_run), *SETTINGS])
+    captured = capsys.readouterr()
+    assert captured.out.startswith("ab") and "\nc" in captured.out and captured.err == ""
+
+
 def test_mistakes_are_one_sentence(trained_run):
     for arguments in ([str(trained_run), "--promt=a"], [], ["/nowhere", "--prompt=a"]):
         with pytest.raises(UserError):
@@ -120,9 +127,9 @@ def test_a_file_of_prompts_gives_json_lines(run_of, tmp_path):
         ("language_modelling", ["--prompts=a", "--prompt=b"], "leave out --prompt"),
         ("language_modelling", ["--prompts=nowhere"], "No such file"),
         ("language_modelling", ["--prompts=BAD"], "line 2 of"),
-        ("language_modelling", ["--prompt=b", "--target=de"], "translation model"),
+        ("language_modelling", ["--prompt=b", "--target=de"], "--target=de is for a translation"),
         ("language_modelling", ["--prompt=b", "--length_penalty=2"], "num_beams too"),
-        ("translation", ["--prompt=b"], "de, fr"),
+        ("translation", ["--prompt=b"], "de, fr: choose one by --target="),
         ("classification", ["--prompt=b", "--top_k=2"], "--top_k has no effect on a classifier"),
         ("classification", ["--chat"], "--chat has no effect"),
     ],

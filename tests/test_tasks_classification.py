@@ -116,6 +116,20 @@ def test_unknown_labels_are_errors(run, tmp_path):
         run(write(tmp_path / "b.tsv", [("x", "one"), ("x", "two")]))
 
 
+def test_texts_in_the_place_of_labels_are_an_error(run, tmp_path):
+    lines = [{"stars": label, "body": text} for label, text in rows(40)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"a\.jsonl has 40 .* for 40 texts in the field 'body'"):
+        run(str(path), label_column="body", text_field="stars")
+    swapped = write(tmp_path / "b.tsv", [(text, label) for label, text in rows(40)])
+    with pytest.raises(UserError, match=r"b\.tsv has 40 different labels .* in column 1, which"):
+        run(swapped)
+    assert run(swapped, label_column="2", text_field="1").form.names == tuple(sorted({*LABELS}))
+    few = [(f"label {n % 21}", text) for n, (_, text) in enumerate(rows(42))]
+    assert len(run(write(tmp_path / "c.tsv", few)).form.names) == 21
+
+
 def test_labels_of_the_config_keep_their_order(run, tmp_path):
     labels = ["positive", "neutral", "negative", "unseen"]
     prepared = run(write(tmp_path / "a.tsv", rows(40)), {"labels": labels})

@@ -107,6 +107,20 @@ def test_what_cannot_be_is_one_sentence(arguments, trained_run, corpus, tmp_path
         message = str(error.value)
         assert words in message, message
         assert "\n" not in message
+        assert not (tmp_path / "run").exists(), words
+
+
+def test_a_refused_run_leaves_nothing_behind(arguments, tmp_path):
+    mistake = {"train__batch_size": 4096}  # which is found when the folder is there
+    with pytest.raises(UserError, match="rows"):
+        train.main(arguments(out=tmp_path / "a" / "b" / "run", **mistake))
+    assert not (tmp_path / "a").exists()
+    mine = tmp_path / "run" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("kept")
+    with pytest.raises(UserError, match="rows"):
+        train.main(arguments(**mistake))
+    assert [*mine.parent.iterdir()] == [mine]
 
 
 def test_other_data_in_the_same_run_is_refused(arguments, trained_run, corpus, tmp_path):

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -111,7 +111,7 @@ class _Preparation:
 
     def run(self, config: TokenizerConfig) -> Prepared:
         if self.form.names is None:
-            self.form = self.form.with_names(self._names())
+            self.form = self.form.with_names(self._name_counts())
         tokenizer = self.form.tokenizer(self._tokenizer(config))
         train = [self._files(origin, self.below, tokenizer) for origin in self.train]
         for origin, (kept, held_out) in zip(self.train, train, strict=True):
@@ -162,24 +162,26 @@ class _Preparation:
             **{name: [facts[name] for facts in each] for name in each[0]},
         }
 
-    def _names(self) -> set[str]:
+    def _name_counts(self) -> dict[str, int]:
+        """How many items have each name."""
+
         def make(folder: Path) -> None:
-            names = {
+            counts = Counter(
                 self.form.name_of(item)
                 for origin in self.train
                 for item in self.form.items(origin, Counts())
-            }
-            (folder / "names.json").write_text(json.dumps(sorted(names)))
+            )
+            (folder / "names.json").write_text(json.dumps(counts, sort_keys=True))
 
-        def opened(folder: Path) -> set[str]:
+        def opened(folder: Path) -> dict[str, int]:
             try:
-                return set(json.loads((folder / "names.json").read_bytes()))
+                return json.loads((folder / "names.json").read_bytes())
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"{folder}/names.json is damaged: prepare the data again"
                 ) from error
 
-        key = cache_key("names", self._facts(self.train))
+        key = cache_key("name-counts", self._facts(self.train))
         return cached(self.cache / key, opened, make, self.report)
 
     def _tokenizer(self, config: TokenizerConfig) -> Tokenizer:

@@ -23,18 +23,23 @@ NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_
 def source_fingerprint(spec: str) -> str:
     """A digest that changes when the source does; it reads names, sizes and times, not texts.
 
-    Raises UserError for a source that does not exist.
+    Raises UserError for a source that does not exist or is empty.
     """
     if spec.startswith("hf:"):
         return load_hf(spec)._fingerprint
     identity: list[Any] = []
+    size = 0
     for path in list_files(spec):
         with readable(path):
             stat = path.stat()
+        size += stat.st_size
         if spec == "stdlib":
             identity.append((str(path.relative_to(_stdlib())), stat.st_size, sys.version))
         else:
             identity.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+    if not size:
+        what = "the file is empty" if len(identity) == 1 else f"all {len(identity)} files are empty"
+        raise UserError(f"data source {spec!r}: {what} (0 bytes): give it text")
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 

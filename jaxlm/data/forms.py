@@ -79,8 +79,11 @@ class Form(ABC):
         """An item's label or language."""
         raise NotImplementedError
 
-    def with_names(self, found: set[str]) -> "Form":
-        """This form, with the names that the training items have."""
+    def with_names(self, found: Mapping[str, int]) -> "Form":
+        """This form, with the names that the training items have; `found` counts the items.
+
+        Raises UserError for names that cannot be meant.
+        """
         raise NotImplementedError
 
     @property

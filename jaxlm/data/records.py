@@ -192,8 +192,9 @@ def _tsv_records(path: Path, data: DataConfig, columns: Sequence[Column]) -> Ite
     header = None
     if data.tsv_header:
         first = next(lines, None)
-        header = _cells(first[0]) if first else []
-        header = [name.decode("utf-8-sig", errors="replace") for name in header]
+        if first is None:
+            return
+        header = [name.decode("utf-8-sig", errors="replace") for name in _cells(first[0])]
     places = {c: _tsv_place(c, header, path) for c in columns}
     places = {c: place for c, place in places.items() if place is not None}
     for line, where, start in lines:

@@ -93,11 +93,13 @@ def check_target(
 
 def check_kind(to: str, config: ModelConfig) -> None:
     """Raise UserError for a model of a kind that no table of `to` is for."""
-    kinds = ("decoder", "encoder", "encoder_decoder") if to == "hf" else ("decoder",)
+    transformers = "decoder", "encoder", "encoder_decoder"
+    kinds = transformers if to == "hf" else ("decoder",)
     if config.kind not in kinds:
+        other = "to='hf', " if config.kind in transformers else ""
         raise UserError(
-            f"model.kind={config.kind} cannot be exported to {to}, which has no such models: "
-            f"it takes {', '.join(kinds)}"
+            f"model.kind={config.kind} cannot be exported to {to}, which has no such models: use "
+            f"{other}the run itself by jaxlm.load, or a model of kind {' or '.join(kinds)}"
         )
     if config.labels is not None and to != "hf":
         raise UserError(

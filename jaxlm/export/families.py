@@ -58,4 +58,7 @@ def family_for(config: ModelConfig, name: str | None = None) -> Family:
         except UserError as error:
             refusals.append((max(1, len(family.misfits(config))), str(error)))
     _, closest = min(refusals, key=lambda refusal: refusal[0])
-    raise UserError(f"no family of transformers can express this model; the closest: {closest}")
+    raise UserError(
+        f"no family of transformers can express this model (the closest: {closest}): use the run "
+        "itself by jaxlm.load, or train a model that a family can express"
+    )

@@ -1,7 +1,7 @@
 """Classification: the label of a text, where the model's head reads."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,14 @@ from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared
 from jaxlm.data.examples import Example
 from jaxlm.data.forms import Encoded, Examples, Origin
-from jaxlm.data.records import Column, Record
+from jaxlm.data.records import TSV, Column, Record
 from jaxlm.data.tokens import Row, token_dtype
 from jaxlm.errors import UserError, nearest
 from jaxlm.tasks.batch import Batch, packed_batch
 from jaxlm.tokenizer import Tokenizer
 
+# More labels than this are refused where most texts have one of their own.
+MANY_LABELS = 10
 # Labels that have an order of their own.
 SCALE = ("negative", "neutral", "positive")
 
@@ -69,14 +71,30 @@ class Classification(Examples):
     def name_of(self, item: Labelled) -> str:
         return item.label
 
-    def with_names(self, found: set[str]) -> "Classification":
-        labels = in_order(found)
+    def with_names(self, found: Mapping[str, int]) -> "Classification":
+        labels, texts = in_order({*found}), sum(found.values())
         if len(labels) == 1:
             raise UserError(
                 f"every training text has the label {labels[0]!r}: classification needs two labels "
                 "or more; does data.label_column name the right column?"
             )
+        if len(labels) > max(MANY_LABELS, texts / 2):
+            raise UserError(
+                f"{', '.join(self.data.train)} has {len(labels):,} different labels for "
+                f"{texts:,} texts in {self._label_place}, which looks like text: set "
+                "data.label_column to the labels' column and data.text_field to the texts'"
+            )
         return dataclasses.replace(self, names=labels)
+
+    @property
+    def _label_place(self) -> str:
+        """The column of the labels, as a user sees it."""
+        column = self.columns[0]
+        name = column.field
+        is_number = column.given is None or column.given.isdecimal()
+        if self.data.train[0].lower().endswith(TSV) and not self.data.tsv_header and is_number:
+            return f"column {column.given or column.number}"
+        return f"the field {name!r}"
 
     def tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
         return tokenizer  # a text that is only read need not be given back

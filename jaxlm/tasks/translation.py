@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,7 @@ class Translation(Examples):
     def name_of(self, item: Pair) -> str:
         return item.language
 
-    def with_names(self, found: set[str]) -> "Translation":
+    def with_names(self, found: Mapping[str, int]) -> "Translation":
         return dataclasses.replace(self, names=tuple(sorted(found)))
 
     def tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:

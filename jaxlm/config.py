@@ -97,7 +97,7 @@ class TokenizerConfig:
     vocab_size: Annotated[int, Field(ge=300)] = 4096
     """Tokens to learn."""
     path: PathText | None = None
-    """kind=file: a SentencePiece .model or a Hugging Face tokenizer.json."""
+    """kind=file: a SentencePiece .model, a Hugging Face tokenizer.json, or a folder with one."""
     training_mb: Count = 8
     """Megabytes of text, sampled evenly, that the tokenizer is trained on."""
 

@@ -152,6 +152,7 @@ def _generate(model, rows: list[Row], samples: list[int], settings: Settings, **
         eos_id=settings.eos_id,
         seed=settings.seed,
         sample_ids=samples,
+        **_never(model),
         **options,
     )
 
@@ -173,6 +174,7 @@ def _search(model, rows: list[Row], _, settings: Settings) -> list[list[str]]:
         max_new_tokens=settings.max_new_tokens,
         beams=settings.beams,
         eos_id=settings.eos_id,
+        **_never(model),
     )
     count = settings.num_samples
     return [[_text(model, h.tokens, settings)[0] for h in row[:count]] for row in found]
@@ -180,6 +182,12 @@ def _search(model, rows: list[Row], _, settings: Settings) -> list[list[str]]:
 
 def _sources(rows: list[Row]) -> list[list[int]] | None:
     return None if rows[0].source is None else [row.source for row in rows]
+
+
+def _never(model: LanguageModel) -> dict[str, int]:
+    """The id that no text has, where there is one; a program need not know of it otherwise."""
+    never = model.tokenizer.never_id
+    return {} if never is None else {"never_id": never}
 
 
 def _text(model: LanguageModel, tokens: list[int], settings: Settings) -> tuple[str, bool]:

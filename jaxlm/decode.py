@@ -16,7 +16,7 @@ from jaxlm.models.stack import unstack
 from jaxlm.nn.attention import Places, Source
 from jaxlm.parallel.pipeline import Schedule
 from jaxlm.placement import place, to_host
-from jaxlm.sampling import Sampling, choose, row_keys
+from jaxlm.sampling import Sampling, choose, row_keys, without
 from jaxlm.sharding import Layout, batch_sharding, make_layout, path_name, split_boxes
 from jaxlm.step import on_mesh
 
@@ -87,11 +87,13 @@ class DecodeProgram:
         chunk: int | None = None,
         stopped: Callable[[list[int]], bool] = lambda tokens: False,
         sources: list[list[int]] | None = None,
+        never_id: int | None = None,
     ) -> Iterator[list[list[int]]]:
         """Yield each row's tokens so far, every `chunk` tokens; without it once, at the end.
 
         A row ends after `eos_id` (not among its tokens), after `max_new_tokens`, at the model's
-        longest text, or when `stopped` says so of its tokens, which is asked after each chunk.
+        longest text, or when `stopped` says so of its tokens, which is asked after each chunk; it
+        does not have `never_id`.
         Its random numbers depend on (seed, its sample id, position) alone.
         """
         count, longest = len(prompts), self.model.config.max_seq_len
@@ -102,8 +104,9 @@ class DecodeProgram:
         settings = (
             jax.random.key(seed),
             sampling.numbers(self.model.config.vocab_size),
-            np.int32(-1 if eos_id is None else eos_id),
+            _id(eos_id),
             np.int32(longest),
+            _id(never_id),
         )
         state = self._prefill(sampling.kind, bucket(max_new_tokens), params, prompt, ids, settings)
         target = max_new_tokens if chunk is None else min(chunk, max_new_tokens)
@@ -130,16 +133,18 @@ class DecodeProgram:
         beams: Beams,
         eos_id: int | None,
         sources: list[list[int]] | None = None,
+        never_id: int | None = None,
     ) -> list[list[Hypothesis]]:
         """The best texts found for each row, at most `beams.num_beams`, the best first.
 
-        A text ends after `eos_id`, after `max_new_tokens` and at the model's longest text.
+        A text ends after `eos_id`, after `max_new_tokens` and at the model's longest text; it does
+        not have `never_id`.
         """
         longest = self.model.config.max_seq_len
         prompt = self._prompt(prompts, sources)
         limits = np.minimum(max_new_tokens, longest - prompt.lengths).astype(np.int32)
-        settings = beams.numbers(), np.int32(-1 if eos_id is None else eos_id), limits
-        found = self._search(beams.num_beams, bucket(int(limits.max())), params, prompt, settings)
+        settings = (beams.numbers(), _id(eos_id), limits), _id(never_id)
+        found = self._search(beams.num_beams, bucket(int(limits.max())), params, prompt, *settings)
         return [hypotheses(*row, eos_id) for row in zip(*to_host(found), strict=True)][
             : len(prompts)
         ]
@@ -279,11 +284,12 @@ class DecodeProgram:
 
     @functools.cached_property
     def _search(self):
-        def run(num_beams, capacity, params, prompt, settings):
+        def run(num_beams, capacity, params, prompt, settings, never_id):
             params = self.layout.unpad(params)
 
             def log_p(hidden):
-                return jax.nn.log_softmax(self.model.logits(params, hidden)[:, 0])
+                log_p = jax.nn.log_softmax(self.model.logits(params, hidden)[:, 0])
+                return without(log_p, never_id)
 
             def extend(tokens, count, cache):
                 positions = jnp.repeat(prompt.lengths, num_beams) + count - 1
@@ -297,8 +303,8 @@ class DecodeProgram:
 
     def _take(self, kind, params, state: DecodeState, hidden, settings):
         """Choose each row's next token from the last hidden state and note it."""
-        key, numbers, eos_id, limit = settings
-        logits = self.model.logits(params, hidden[:, -1:])[:, 0]
+        key, numbers, eos_id, limit, never_id = settings
+        logits = without(self.model.logits(params, hidden[:, -1:])[:, 0], never_id)
         positions = state.positions + 1
         chosen = choose(
             logits, row_keys(key, state.sample_ids, positions), kind, numbers, state.seen
@@ -374,6 +380,11 @@ def unfolded(spec: PartitionSpec) -> PartitionSpec:
         return tuple(a for axis in entry for a in (FOLDED if axis == "fsdp" else (axis,)))
 
     return PartitionSpec(*map(names, spec))
+
+
+def _id(token: int | None) -> np.int32:
+    """A token for compiled code, where -1 is none."""
+    return np.int32(-1 if token is None else token)
 
 
 def bucket(n: int, smallest: int = 16) -> int:

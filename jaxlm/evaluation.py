@@ -105,9 +105,8 @@ def _prepare(model: LanguageModel, config: Config, request: Request, report: Rep
         weights=None,
         **_languages(model, config, request),
     )
-    path = str(model.source / model.tokenizer.file_name)
     form = make_form(dataclasses.replace(config, data=data))
-    return prepare(data, TokenizerConfig(kind="file", path=path), report, form)
+    return prepare(data, TokenizerConfig(kind="file", path=str(model.source)), report, form)
 
 
 def _languages(model: LanguageModel, config: Config, request: Request) -> dict[str, object]:

@@ -60,13 +60,15 @@ def find_model(path: str | Path, step: str = "last") -> Path:
 
 
 def read_description(folder: Path) -> tuple[Config, Tokenizer, list[int]]:
-    """What model a folder of `find_model` holds, its tokenizer, and what its texts start with."""
+    """What model a folder of `find_model` holds, its tokenizer, and what its texts start with, or,
+    of a translator, its translations."""
     if not is_model_folder(folder):
         tokenizer = load_tokenizer(folder)
         return read_config(folder / CONFIG), tokenizer, [tokenizer.bos_id]
     model = read_model_config(folder)
     tokenizer = read_tokenizer(folder, model)
-    return Config(task=_task_of(model), model=model), tokenizer, tokenizer.prefix
+    prefix = [tokenizer.bos_id] if model.reads_source else tokenizer.prefix
+    return Config(task=_task_of(model), model=model), tokenizer, prefix
 
 
 def _task_of(model: ModelConfig) -> str:
@@ -217,12 +219,12 @@ def _closer(mean, params, count):
 def starting_point(path: str) -> dict:
     """The settings that a run starting from the model in `path` has where it gives no others."""
     folder = find_model(path)
-    config, tokenizer, _ = read_description(folder)
+    config, _, _ = read_description(folder)
     longest = config.model.max_seq_len
     return {
         "task": config.task,
         "model": dataclasses.asdict(config.model),
-        "tokenizer": {"kind": "file", "path": str(folder / tokenizer.file_name)},
+        "tokenizer": {"kind": "file", "path": str(folder)},
         "data": {
             "seq_len": config.data.seq_len or (MOST_TOKENS if longest > MOST_TOKENS else None)
         },
@@ -231,7 +233,7 @@ def starting_point(path: str) -> dict:
 
 def read_model(folder: Path, average: bool = True, average_last: int | None = None) -> Model:
     """The model in a folder of `find_model`, on one device, for export; see `load_params`."""
-    config, tokenizer, prefix = read_description(folder)
+    config, tokenizer, _ = read_description(folder)
     model = dataclasses.replace(
         config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size
     )
@@ -243,7 +245,7 @@ def read_model(folder: Path, average: bool = True, average_last: int | None = No
         facts = {key: figures[key] for key in FACTS if key in figures}
         if average_last is not None:  # which no validation has seen
             facts = {"step": figures["step"], "average_last": average_last}
-    suffix = tokenizer.suffix
+    prefix, suffix = tokenizer.prefix, tokenizer.suffix
     if not is_model_folder(folder):
         prefix, suffix = text_ends(model, tokenizer)
     return Model(name, model, params, tokenizer, prefix, facts, suffix)

@@ -222,7 +222,7 @@ def locked(run: Path):
 
 
 def _withdraw(run: Path, kept: set[Path], made: list[Path]) -> None:
-    """Remove what a run has written beside `kept`, and the folders `made` for it, inner ones first."""
+    """Remove what a run has written beside `kept`, and the folders `made` for it, inner first."""
     for path in {*run.iterdir()} - kept:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

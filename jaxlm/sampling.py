@@ -46,6 +46,11 @@ def row_keys(key, sample_ids, positions):
     return jax.vmap(row_key)(sample_ids, positions)
 
 
+def without(scores_bv, never_id):
+    """Logits or log-probabilities in which one token is impossible; -1 is none."""
+    return jnp.where(jnp.arange(scores_bv.shape[1])[None, :] == never_id, -jnp.inf, scores_bv)
+
+
 def choose(logits_bv, keys, kind: tuple[bool, bool, bool], numbers: dict, seen_bv=None):
     """The next token [B] from float32 logits; `keys` [B] are the rows' own random keys."""
     greedy, filtered, penalised = kind

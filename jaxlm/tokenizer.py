@@ -4,20 +4,18 @@ A tokenizer that jaxlm trains is exact: `decode(encode(text)) == text` for every
 from a file is as exact as its own normalisation lets it be.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 import tokenizers
 
 from jaxlm.errors import UserError
+from jaxlm.tokenizer_base import SPACE_MARK, Tokenizer, piece_bytes
+from jaxlm.tokenizer_foreign import SPIECE, T5_EXTRA_IDS, MarianTokenizer, is_t5, t5_json
 
-# SentencePiece writes a space as this character, so in text it cannot stand for itself.
-SPACE_MARK = "\u2581"
 # Long texts are encoded in stretches that end before the first space of a gap. No piece reaches
 # over such a place, unless a model has pieces with a space inside.
 STRETCH = 4096
@@ -26,90 +24,9 @@ INNER_SPACE = re.compile(f"[^{SPACE_MARK}]{SPACE_MARK}")
 # How word pieces that continue a word begin.
 INSIDE_WORD = "##"
 CHAT_TEMPLATE = "chat_template.jinja"
+START = "decoder_start_token_id"
 BEGIN_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
 END_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
-
-
-class Tokenizer:
-    """What jaxlm needs of a tokenizer. Made by `load_tokenizer`, or by training.
-
-    Attributes:
-        vocab_size: number of ids, special ones included.
-        bos_id: what a document starts with.
-        eos_id: what a document ends with, or None.
-        prefix: the ids that the tokenizer's own post-processing puts in front of a text, which
-            `encode` leaves out: [bos_id] for SentencePiece, [] for GPT-2's tokenizer.json.
-        suffix: the ids that it puts behind a text; `encode` leaves them out, too.
-        pad_id: an id for padding rows of texts: one that no text ends with, or None.
-        loses_spaces: decoding is a guess, as with BERT's word pieces: fine for models that only
-            read.
-        special_ids: ids of special (control) pieces by name: no text is encoded to one, not even
-            one that spells it.
-        chat_template: how messages become a text, in Jinja; or None.
-        adds_space: whether encoding puts a space before the text, for decoding to take away.
-        model: the model file, byte for byte.
-        file_name: what that file is called in a folder.
-        fingerprint: SHA-256 of `model`.
-    """
-
-    file_name: str
-    vocab_size: int
-    bos_id: int
-    eos_id: int | None
-    prefix: list[int]
-    suffix: list[int]
-    pad_id: int | None
-    loses_spaces: bool = False
-    special_ids: dict[str, int]
-    chat_template: str | None
-    adds_space: bool
-    # The bytes each id stands for (none for special ids).
-    _bytes: list[bytes]
-
-    def __init__(self, model: bytes):
-        self.model = model
-        self.fingerprint = hashlib.sha256(model).hexdigest()
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without special ids, even where the text spells one."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text. Other threads run meanwhile.
-
-        Raises UserError for a text with half of a surrogate pair, which no bytes stand for.
-        """
-        try:
-            return self._encode_batch(texts)
-        except (RuntimeError, TypeError, UnicodeError):
-            for text in texts:
-                _check_unicode(text)
-            raise
-
-    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        raise NotImplementedError
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; special and unknown ids are nothing, broken UTF-8 becomes U+FFFD."""
-        text = self.decode_bytes(ids).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self.adds_space else text
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """UTF-8 of `ids`, which may begin or end inside a character: what streaming needs."""
-        return b"".join(self._bytes[i] for i in ids if 0 <= i < self.vocab_size)
-
-    @property
-    def byte_lengths(self) -> np.ndarray:
-        """Bytes of UTF-8 that each id stands for, int64 [vocab_size]."""
-        return np.array([len(content) for content in self._bytes])
-
-    def with_chat_template(self, template: str) -> "Tokenizer":
-        """The same tokenizer with another chat template."""
-        raise NotImplementedError
-
-    def save(self, folder: str | Path) -> None:
-        """Write what `load_tokenizer(folder)` reads back; the model byte for byte."""
-        (Path(folder) / self.file_name).write_bytes(self.model)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -163,7 +80,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _bytes_of(self, i: int) -> bytes:
         if self._processor.is_control(i) or self._processor.is_unknown(i):
             return b""
-        return _piece_bytes(self._processor.id_to_piece(i), is_byte=self._processor.is_byte(i))
+        return piece_bytes(self._processor.id_to_piece(i), is_byte=self._processor.is_byte(i))
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
@@ -269,7 +186,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 table[i] = (piece.removeprefix(INSIDE_WORD) if inside else f" {piece}").encode()
             else:
                 is_byte = not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", piece) is not None
-                table[i] = _piece_bytes(piece, is_byte)
+                table[i] = piece_bytes(piece, is_byte)
         for i, token in self._tokenizer.get_added_tokens_decoder().items():
             table[i] = b"" if token.special else token.content.encode()
         table[self.bos_id] = b""
@@ -289,51 +206,50 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a `.model` file, a `tokenizer.json`, or a folder with one of them.
+    """The tokenizer in a `.model` file, a `tokenizer.json`, Marian's `source.spm` and the files
+    beside it, or a folder with one of them.
 
     Raises UserError for a missing, corrupt or unsupported file.
     """
     file = Path(path)
     if file.is_dir():
-        names = (HuggingFaceTokenizer.file_name, SentencePieceTokenizer.file_name)
+        kinds = HuggingFaceTokenizer, SentencePieceTokenizer, MarianTokenizer
+        names = *(kind.file_name for kind in kinds), SPIECE
         file = next((file / name for name in names if (file / name).is_file()), file)
         if file.is_dir():
-            raise UserError(f"the folder {path} has neither {' nor '.join(names)}")
+            raise UserError(f"the folder {path} has no tokenizer: none of {', '.join(names)}")
     try:
         model = file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
     try:
+        if file.suffix == ".spm":
+            return MarianTokenizer.read(file)
+        if file.name == SPIECE and is_t5(model):
+            config = {"pad_token": "<pad>", "eos_token": "</s>"} | _read_config(file)
+            model = t5_json(model, config.get("extra_ids", T5_EXTRA_IDS))
+            return _from_json(file, model, config)
         if file.suffix == ".model":
             template = file.with_name(CHAT_TEMPLATE)
             found = template.read_text("utf-8") if template.is_file() else None
             return SentencePieceTokenizer(model, found)
         if file.suffix == ".json":
-            config = _read_config(file)
-            tokenizer = HuggingFaceTokenizer(model, *_special_names(config), config)
-            return tokenizer.beginning_with(_target_start(file))
+            return _from_json(file, model, _read_config(file))
     except UserError as error:
         raise UserError(f"the tokenizer {file} {error}") from error
     except Exception as error:  # `tokenizers` raises bare Exception
         raise UserError(
             f"{file} is not a tokenizer that can be read: it should be a SentencePiece model "
-            "(.model) or a Hugging Face tokenizer.json"
+            "(.model, or Marian's source.spm, target.spm and vocab.json) or a Hugging Face "
+            "tokenizer.json"
         ) from error
-    raise UserError(f"the tokenizer {file} should end in .model or .json")
+    raise UserError(f"the tokenizer {file} should end in .model, .json or .spm")
 
 
-def _piece_bytes(piece: str, is_byte: bool) -> bytes:
-    return bytes.fromhex(piece[3:5]) if is_byte else piece.replace(SPACE_MARK, " ").encode()
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"character {error.start} of the text is {text[error.start]!r}, half of a surrogate "
-            "pair: text must be valid Unicode"
-        ) from error
+def _from_json(file: Path, model: bytes, config: dict) -> HuggingFaceTokenizer:
+    """The tokenizer of a tokenizer.json that lies, or could lie, where `file` does."""
+    tokenizer = HuggingFaceTokenizer(model, *_special_names(config), config)
+    return tokenizer.beginning_with(_target_start(file))
 
 
 def _read_config(file: Path) -> dict:
@@ -363,10 +279,10 @@ def _content(name: str | dict | None) -> str | None:
 
 
 def _target_start(file: Path) -> int | None:
-    """The id that a decoder beside the tokenizer starts with, where its config.json tells it."""
-    path = file.with_name("config.json")
-    settings = json.loads(path.read_bytes()) if path.is_file() else {}
-    return settings.get("decoder_start_token_id")
+    """The id that a decoder beside the tokenizer starts with, where its settings tell it."""
+    paths = (file.with_name(name) for name in ("config.json", "generation_config.json"))
+    found = (json.loads(path.read_bytes()).get(START) for path in paths if path.is_file())
+    return next((start for start in found if start is not None), None)
 
 
 def _decoder_types(decoder: dict | None) -> set[str]:

@@ -77,7 +77,7 @@ def test_rows_stay_on_their_device(mesh):
     program, params = program_and_params(mesh)
     prompt = program._prompt(PROMPTS, None)
     settings = Beams(3).numbers(), np.int32(EOS), np.full(4, 12, np.int32)
-    compiled = program._search.lower(3, 16, params, prompt, settings).compile()
+    compiled = program._search.lower(3, 16, params, prompt, settings, np.int32(-1)).compile()
     sent = collectives(compiled.as_text(), program.mesh)
     # Whether all rows are closed, and their lengths.
     assert all(c.bytes <= 64 for c in sent if "dp" in c.axes), sent

@@ -25,6 +25,8 @@ FLOORS = [
         "collectives",
         "xla",
         "tokenizer",
+        "tokenizer_base",
+        "tokenizer_foreign",
         "tokenizer_training",
         "chat",
         "flops",

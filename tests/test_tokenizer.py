@@ -278,7 +278,7 @@ def test_a_model_without_bos_starts_documents_with_eos(tmp_path):
 def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.model: No such file"):
         load_tokenizer(tmp_path / "nowhere.model")
-    with pytest.raises(UserError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+    with pytest.raises(UserError, match=r"none of tokenizer\.json, tokenizer\.model"):
         load_tokenizer(tmp_path)
 
 
@@ -290,7 +290,7 @@ def test_a_corrupt_tokenizer_is_named(tmp_path, name, content):
 
 
 def test_unsupported_tokenizers_say_what_would_be_right(tmp_path, byte_level):
-    with pytest.raises(UserError, match=r"m\.txt should end in \.model or \.json"):
+    with pytest.raises(UserError, match=r"m\.txt should end in \.model, \.json or \.spm"):
         load_tokenizer(write(tmp_path / "m.txt", b"x"))
     with pytest.raises(UserError, match=r"m\.model has no <s> or </s>"):
         model = sentencepiece_model(bos_id=-1, eos_id=-1)

@@ -72,7 +72,7 @@ def expected_of(model: Model, dtype: str | None) -> Expected:
         # By NumPy, as they are written.
         round_ = lambda x: jnp.asarray(np.asarray(x).astype(dtype).astype(x.dtype))  # noqa: E731
         params = jax.tree.map(round_, params)
-    ids = [[*model.prefix, *model.tokenizer.encode(text), *model.suffix] for text in TEXTS]
+    ids = [[*model.prefix, *model.tokenizer.source.encode(text), *model.suffix] for text in TEXTS]
     run = _read if model.use in ("classifier", "encoder") else _continue
     with jax.default_matmul_precision("highest"):
         expected = run(model, config, params, ids)

@@ -28,6 +28,7 @@ from jaxlm.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
 )
+from jaxlm.tokenizer_foreign import MarianTokenizer
 
 # Before the first space of a gap, as the tokenizer's own stretches end.
 WORDS = " *[^ ]+| +"
@@ -68,6 +69,12 @@ def write_tokenizer(
     tokenizer that a tokenizer.json cannot express.
     """
     ends = ends or ([tokenizer.bos_id], [])
+    if isinstance(tokenizer, MarianTokenizer):
+        tokenizer.save(folder)
+        config = {"tokenizer_class": "MarianTokenizer", "model_max_length": max_length}
+        config["split_special_tokens"] = True
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        return
     if isinstance(tokenizer, HuggingFaceTokenizer):
         spec, config = _between(tokenizer, ends), _kept_config(tokenizer)
     else:

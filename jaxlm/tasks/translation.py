@@ -209,7 +209,7 @@ def encode_sources(
     """What the encoder reads to translate each text into its language: tag, text, EOS."""
     return [
         [*tag_ids(tokenizer, language), *ids, tokenizer.eos_id]
-        for ids, language in zip(tokenizer.encode_batch(texts), languages, strict=True)
+        for ids, language in zip(tokenizer.source.encode_batch(texts), languages, strict=True)
     ]
 
 

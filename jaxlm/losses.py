@@ -1,6 +1,7 @@
 """Next-token cross-entropy, in blocks over positions so that full logits are never held."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -29,33 +30,88 @@ class LossSums:
         return nats + z_loss * self.z
 
 
-def blocked_cross_entropy(
-    hidden_btd, logits_fn: Callable, targets_bt, weights_bt, block: int, smooth: bool = False
-) -> LossSums:
-    """Cross-entropy sums in float32, holding the logits of `block` positions of each row.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised, over which head, how many positions of each row at a time."""
 
-    Backward recomputes the logits. Without `smooth` the sum for label smoothing stays 0.
+    logits_fn: Callable
+    """(params, hidden [B, t, D]) -> logits [B, t, V], float32."""
+    block: int
+    z_loss: float = 0.0
+    smoothing: float = 0.0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def blocked_cross_entropy(objective: Objective, params, hidden_btd, targets_bt, weights_bt):
+    """Cross-entropy in float32, holding the logits of `block` positions of each row.
+
+    Returns (the objective as a sum over weighted targets, `LossSums`). Only the first has a
+    gradient, in `params` and `hidden_btd`. It is formed in the forward pass, while a block's logits
+    are at hand, so that they are computed once. Without smoothing the sum for it stays 0.
     """
 
-    @jax.checkpoint
     def one_block(sums: LossSums, inputs):
-        hidden, targets, weights = inputs
-        logits = logits_fn(hidden)
-        nll, log_z = token_nll(logits, targets)
-        spread = sums.spread
-        if smooth:
-            spread = spread + jnp.sum((log_z - logits.mean(-1)) * weights)
-        return LossSums(
-            sums.nats + jnp.sum(nll * weights),
-            sums.z + jnp.sum(jnp.square(log_z) * weights),
-            spread,
-            sums.weight + jnp.sum(weights),
+        hidden, *rest = inputs
+        return _added(
+            sums, _block_sums(objective, objective.logits_fn(params, hidden), *rest)
         ), None
 
-    zero = jnp.zeros((), jnp.float32)
-    blocks = _split(block, hidden_btd, targets_bt, weights_bt.astype(jnp.float32))
-    sums, _ = jax.lax.scan(one_block, LossSums(zero, zero, zero, zero), blocks)
-    return sums
+    blocks = _split(objective.block, hidden_btd, targets_bt, weights_bt.astype(jnp.float32))
+    sums, _ = jax.lax.scan(one_block, _no_sums(), blocks)
+    return sums.objective(objective.z_loss, objective.smoothing), sums
+
+
+def _forward(objective: Objective, params, hidden_btd, targets_bt, weights_bt):
+    """The value, and the objective's gradients."""
+
+    def one_block(carry, inputs):
+        sums, total = carry
+        hidden, targets, weights = inputs
+        logits, pull = jax.vjp(objective.logits_fn, params, hidden)
+        sums = _added(sums, _block_sums(objective, logits, targets, weights))
+        in_params, in_hidden = pull(_slope(objective, logits, targets, weights))
+        return (sums, _added(total, in_params)), in_hidden
+
+    blocks = _split(objective.block, hidden_btd, targets_bt, weights_bt.astype(jnp.float32))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (sums, in_params), in_hidden = jax.lax.scan(one_block, (_no_sums(), zeros), blocks)
+    value = sums.objective(objective.z_loss, objective.smoothing), sums
+    return value, (in_params, _join(in_hidden, hidden_btd.shape[1]))
+
+
+def _backward(objective: Objective, gradients, cotangents):
+    scale, _ = cotangents
+    scaled = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+    return *scaled, None, None
+
+
+blocked_cross_entropy.defvjp(_forward, _backward)
+
+
+def _block_sums(objective: Objective, logits, targets, weights) -> LossSums:
+    nll, log_z = token_nll(logits, targets)
+    spread = jnp.zeros((), jnp.float32)
+    if objective.smoothing:
+        spread = jnp.sum((log_z - logits.mean(-1)) * weights)
+    z = jnp.sum(jnp.square(log_z) * weights)
+    return LossSums(jnp.sum(nll * weights), z, spread, jnp.sum(weights))
+
+
+def _slope(objective: Objective, logits_btv, targets_bt, weights_bt):
+    """The objective's gradient in the logits: a softmax, and what smoothing asks for taken off."""
+    log_z = jax.nn.logsumexp(logits_btv, axis=-1, keepdims=True)
+    smoothing = objective.smoothing
+    slope = jnp.exp(logits_btv - log_z) * (1.0 + 2.0 * objective.z_loss * log_z)
+    slope = slope - jnp.where(_is_target(logits_btv, targets_bt), 1.0 - smoothing, 0.0)
+    return (slope - smoothing / logits_btv.shape[-1]) * weights_bt[:, :, None]
+
+
+def _no_sums() -> LossSums:
+    return LossSums(*(jnp.zeros((), jnp.float32) for _ in dataclasses.fields(LossSums)))
+
+
+def _added(x, y):
+    return jax.tree.map(jnp.add, x, y)
 
 
 def blocked_token_nll(hidden_btd, logits_fn: Callable, targets_bt, block: int):
@@ -66,17 +122,19 @@ def blocked_token_nll(hidden_btd, logits_fn: Callable, targets_bt, block: int):
         return token_nll(logits_fn(hidden), targets)[0]
 
     nll = jax.lax.map(one_block, _split(block, hidden_btd, targets_bt))
-    batch, length = targets_bt.shape
-    return jnp.moveaxis(nll, 0, 2).reshape(batch, -1)[:, :length]
+    return _join(nll, targets_bt.shape[1])
 
 
 def token_nll(logits_btv, targets_bt):
     """(-log P(target), log Z), each [B, T] float32, of float32 logits [B, T, V]."""
     log_z = jax.nn.logsumexp(logits_btv, axis=-1)
-    # A one-hot sum instead of a gather: it stays local where the vocabulary is split over tp.
-    vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits_btv.shape, 2)
-    chosen = jnp.where(vocabulary == targets_bt[:, :, None], logits_btv, 0.0).sum(-1)
+    chosen = jnp.where(_is_target(logits_btv, targets_bt), logits_btv, 0.0).sum(-1)
     return log_z - chosen, log_z
+
+
+def _is_target(logits_btv, targets_bt):
+    """One-hot, instead of a gather: it stays local where the vocabulary is split over tp."""
+    return jax.lax.broadcasted_iota(jnp.int32, logits_btv.shape, 2) == targets_bt[:, :, None]
 
 
 def _split(block: int, hidden_btd, *others_bt):
@@ -95,3 +153,9 @@ def _split(block: int, hidden_btd, *others_bt):
         return jnp.moveaxis(x.reshape(x.shape[0], block, count, *x.shape[2:]), 2, 0)
 
     return tuple(split(x) for x in (hidden_btd, *others_bt))
+
+
+def _join(blocks, length: int):
+    """Blocks [n, B, block, ...] of `_split` as an array [B, length, ...]."""
+    rows = jnp.moveaxis(blocks, 0, 2)
+    return rows.reshape(rows.shape[0], -1, *rows.shape[3:])[:, :length]

@@ -44,6 +44,8 @@ def random_batch(config: Config, seed: int = 0) -> Batch:
     padding = np.arange(shape[1]) >= rng.integers(shape[1] // 2, shape[1] + 1, (shape[0], 1))
     segments = np.where(padding, 0, np.cumsum(starts, axis=1))
     batch = make_batch(_rows(rng, segments, config.model.vocab_size))
+    most = int(segments.max()) + 1
+    batch = dataclasses.replace(batch, most_segments=1 << (most - 1).bit_length())
     if config.task == "translation":
         counts = batch.segment_ids.max(axis=1)
         segments = np.stack([_segments(rng, count, config.seq_len) for count in counts])

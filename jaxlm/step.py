@@ -27,7 +27,7 @@ from jaxlm.sharding import (
     replicated_sharding,
     split_boxes,
 )
-from jaxlm.tasks.batch import Batch, loss_sums
+from jaxlm.tasks.batch import Batch, batch_loss
 from jaxlm.tasks.labels import LabelSums, label_sums
 from jaxlm.xla import compiler_options
 
@@ -73,9 +73,8 @@ def train_step(state: TrainState, batch: Batch, *, model, optimizer, schedule, c
     def loss_fn(params, micro: Batch, places):
         dropout = Dropout(key, *places) if config.model.drops else None
         params = lora.attach(config.lora, state.frozen, params)
-        sums, routed = loss_sums(model, params, micro, train, dropout)
-        loss = sums.objective(train.z_loss, train.label_smoothing) / targets
-        return loss + moe.auxiliary_loss(config.model, routed, tokens), (sums, routed)
+        total, sums, routed = batch_loss(model, params, micro, train, dropout)
+        return total / targets + moe.auxiliary_loss(config.model, routed, tokens), (sums, routed)
 
     gradients, (sums, routed) = accumulate(
         jax.grad(loss_fn, has_aux=True), state.params, batch, train.accumulation
@@ -118,7 +117,7 @@ def eval_step(params, batch: Batch, *, model, config: Config) -> LossSums | Labe
     batch = in_ring_order(batch)
     if config.model.labels is not None:
         return label_sums(model, params, batch)
-    return loss_sums(model, params, batch, config.train, dropout=None)[0]
+    return batch_loss(model, params, batch, config.train, dropout=None)[1]
 
 
 def accumulate(gradient: Callable, params, batch: Batch, count: int):

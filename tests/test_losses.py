@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from jaxlm.losses import blocked_cross_entropy, blocked_token_nll
+from jaxlm.losses import Objective, blocked_cross_entropy, blocked_token_nll
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -24,10 +24,13 @@ def inputs():
 
 
 def our_loss(hidden, head, targets, weights, block, smoothing=0.0):
-    sums = blocked_cross_entropy(
-        hidden, lambda h: h @ head, targets, weights, block, smooth=smoothing > 0
-    )
-    return sums.objective(Z_LOSS, smoothing) / sums.weight
+    objective = Objective(times, block, Z_LOSS, smoothing)
+    total, sums = blocked_cross_entropy(objective, head, hidden, targets, weights)
+    return total / sums.weight
+
+
+def times(head, hidden):
+    return hidden @ head
 
 
 def their_loss(hidden, head, targets, weights, smoothing=0.0):
@@ -69,10 +72,10 @@ def test_each_token_has_its_own_loss_in_its_own_place(block):
 
 def test_no_target_at_all_gives_zero_sums():
     hidden, head, targets, weights = inputs()
-    sums = blocked_cross_entropy(
-        jnp.asarray(hidden), lambda h: h @ head, targets, np.zeros_like(weights), 4
+    total, sums = blocked_cross_entropy(
+        Objective(times, 4), jnp.asarray(head), jnp.asarray(hidden), targets, np.zeros_like(weights)
     )
-    assert sums.nats == sums.z == sums.weight == 0
+    assert total == sums.nats == sums.z == sums.weight == 0
 
 
 def test_large_logits_stay_finite():

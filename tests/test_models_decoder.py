@@ -13,9 +13,10 @@ import transformers
 from jaxlm.errors import UserError
 from jaxlm.export import FAMILIES
 from jaxlm.export.table import as_tree, shapes_of
-from jaxlm.losses import blocked_cross_entropy
+from jaxlm.losses import Objective, blocked_cross_entropy
 from jaxlm.model_config import ModelConfig
 from jaxlm.models.decoder import Decoder
+from jaxlm.models.head import head_params
 from jaxlm.nn.attention import Places
 from jaxlm.nn.layers import Dropout, residual_std
 from jaxlm.sharding import split_boxes
@@ -71,10 +72,10 @@ def loss_and_logits(config: ModelConfig, params, tokens):
     hidden, *_ = decoder.hidden(params, tokens, whole(tokens.shape))
     targets = jnp.roll(tokens, -1, axis=1)
     weights = jnp.ones(tokens.shape).at[:, -1].set(0.0)
-    sums = blocked_cross_entropy(
-        hidden, lambda x: decoder.logits(params, x), targets, weights, block=5
-    )
-    return sums.nats / sums.weight, decoder.logits(params, hidden)
+    objective = Objective(decoder.logits, block=5)
+    head = head_params(config, params)
+    total, sums = blocked_cross_entropy(objective, head, hidden, targets, weights)
+    return total / sums.weight, decoder.logits(params, hidden)
 
 
 def assert_close(ours, theirs, tolerance=1e-5):

@@ -25,7 +25,7 @@ from jaxlm.nn.layers import Dropout
 from jaxlm.optim import make_optimizer
 from jaxlm.parity import random_batch
 from jaxlm.sharding import check_fits, path_name, split_boxes
-from jaxlm.tasks.batch import Batch, loss_sums
+from jaxlm.tasks.batch import Batch, batch_loss
 
 KINDS = ["rnn", "gru", "lstm"]
 TINY = {
@@ -347,8 +347,8 @@ def test_reversal_is_learnt(kind):
     @jax.jit
     def update(params, state, key):
         def loss(params):
-            sums, _ = loss_sums(model, params, batch(key), train, None)
-            return sums.nats / sums.weight
+            total, sums, _ = batch_loss(model, params, batch(key), train, None)
+            return total / sums.weight
 
         value, gradients = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradients, state)

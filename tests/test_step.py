@@ -15,7 +15,7 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.optim import make_optimizer
 from jaxlm.sharding import split_boxes
 from jaxlm.step import Program, accumulate, eval_step, train_step
-from jaxlm.tasks.batch import loss_sums
+from jaxlm.tasks.batch import batch_loss
 
 SMALL = {"d_model": 16, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24, "num_layers": 1}
 
@@ -172,8 +172,8 @@ def model_loss():
     params, axes = split_boxes(model.init(jax.random.key(0)))
 
     def loss(params):
-        sums, _ = loss_sums(model, params, batch, config.train, None)
-        return sums.nats / sums.weight
+        total, sums, _ = batch_loss(model, params, batch, config.train, None)
+        return total / sums.weight
 
     return params, axes, jax.jit(jax.value_and_grad(loss))
 
@@ -198,6 +198,6 @@ def test_no_type_or_rank_is_promoted_in_silence(preset, dtype, strict):
     model, batch = Decoder(config.model), random_batch(config)
     params, _ = split_boxes(jax.eval_shape(model.init, jax.random.key(0)))
     jax.eval_shape(functools.partial(eval_step, model=model, config=config), params, batch)
-    nats = lambda params: loss_sums(model, params, batch, config.train, None)[0].nats  # noqa: E731
-    gradients = jax.eval_shape(jax.grad(nats), params)
+    total = lambda params: batch_loss(model, params, batch, config.train, None)[0]  # noqa: E731
+    gradients = jax.eval_shape(jax.grad(total), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype("float32")}

@@ -137,6 +137,11 @@ class PackedRows(Sequence):
         """Tokens in a row."""
         return self.file.lengths["tokens"]
 
+    @property
+    def most_segments(self) -> int:
+        """How many segments a row has at most, padding counted."""
+        return int(np.diff(self.file.rows).max(initial=0)) + 1
+
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")

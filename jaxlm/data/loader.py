@@ -30,6 +30,12 @@ class Rows(Sequence):
     def __len__(self) -> int:
         return -(-(self._file.num_tokens - 1) // self.seq_len)
 
+    @property
+    def most_segments(self) -> int:
+        """How many segments a row has at most, padding counted."""
+        begins = np.arange(len(self) + 1) * self.seq_len + 1
+        return int(np.diff(np.searchsorted(self._file.offsets, begins)).max(initial=0)) + 2
+
     def __getitem__(self, index: int) -> Row:
         """Row `index` as int32 [seq_len + 1] arrays.
 

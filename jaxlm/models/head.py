@@ -1,5 +1,8 @@
 """What makes logits of hidden states: of the vocabulary, or of a classifier's labels."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -30,9 +33,7 @@ class VocabularyHead(nn.Module):
             init = with_axes(gaussian(c.init_mean, c.init_std), ("embed", "vocab"))
             matrix = self.param("kernel", init, (c.d_model, c.vocab_size))
             subscripts = "btd,dv->btv"
-        logits_btv = jnp.einsum(
-            subscripts, hidden_btd, matrix.astype(self.dtype), preferred_element_type=jnp.float32
-        )
+        logits_btv = _project(subscripts, hidden_btd.astype(self.dtype), matrix)
         if c.logits_bias:
             zeros = with_axes(nn.initializers.zeros_init(), ("vocab",))
             bias = self.param("bias", zeros, (c.vocab_size,))
@@ -69,12 +70,51 @@ class LabelHead(nn.Module):
         return constrain(out(pooled_btd), "batch", "length", None)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(subscripts: str, hidden_btd, matrix):
+    """A product in the type of `hidden_btd`, given in float32.
+
+    Its gradient multiplies in that type, too, and gives the matrix's in float32.
+    """
+    return _product(subscripts, hidden_btd, matrix.astype(hidden_btd.dtype))
+
+
+def _project_forward(subscripts: str, hidden_btd, matrix):
+    return _project(subscripts, hidden_btd, matrix), (hidden_btd, matrix)
+
+
+def _project_backward(subscripts: str, saved, slope_btv):
+    hidden_btd, matrix = saved
+    dtype = hidden_btd.dtype
+    inputs, out = subscripts.split("->")
+    hidden, weights = inputs.split(",")
+    slope_btv = slope_btv.astype(dtype)
+    in_hidden = _product(f"{out},{weights}->{hidden}", slope_btv, matrix.astype(dtype))
+    in_matrix = _product(f"{hidden},{out}->{weights}", hidden_btd, slope_btv)
+    return in_hidden.astype(dtype), in_matrix.astype(matrix.dtype)
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def _product(subscripts: str, x, y):
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+
+
+def head_params(config: ModelConfig, params: dict) -> dict:
+    """Those of a model's parameters that `head_logits` reads."""
+    if _is_label_head(config):
+        return {LABEL_HEAD: params[LABEL_HEAD]}
+    names = (VOCABULARY_HEAD, *(("embed",) if config.tie_embeddings else ()))
+    return {name: params[name] for name in names if name in params}
+
+
 def init_head(config: ModelConfig, dtype, key, embedding) -> dict:
     """A head's parameters: `head` of the vocabulary, nothing where it is the embedding alone;
     `classifier` of labels, or of an encoder's pooler alone.
     """
     x = jnp.zeros((1, 1, config.d_model), dtype)
-    if config.labels is not None or config.pooler:
+    if _is_label_head(config):
         return {LABEL_HEAD: LabelHead(config, dtype).init(key, x)["params"]}
     boxed = VocabularyHead(config, dtype).init(key, x, embedding)
     return {VOCABULARY_HEAD: boxed["params"]} if "params" in boxed else {}
@@ -85,8 +125,13 @@ def head_logits(config: ModelConfig, dtype, params, hidden_btd):
 
     Of a pooler alone what it makes of them, [B, T, D].
     """
-    if config.labels is not None or config.pooler:
+    if _is_label_head(config):
         return LabelHead(config, dtype).apply({"params": params[LABEL_HEAD]}, hidden_btd)
+    table_vd = params["embed"]["embedding"] if config.tie_embeddings else None
     return VocabularyHead(config, dtype).apply(
-        {"params": params.get(VOCABULARY_HEAD, {})}, hidden_btd, params["embed"]["embedding"]
+        {"params": params.get(VOCABULARY_HEAD, {})}, hidden_btd, table_vd
     )
+
+
+def _is_label_head(config: ModelConfig) -> bool:
+    return config.labels is not None or config.pooler

@@ -18,6 +18,7 @@ from jaxlm.nn.layers import (
     Norm,
     residual_std,
 )
+from jaxlm.nn.packed import MOST_SEGMENTS, packed_attention
 from jaxlm.nn.positions import apply_rope
 from jaxlm.parallel.ring import AXIS as CONTEXT_AXIS
 from jaxlm.parallel.ring import ring_attention
@@ -89,14 +90,17 @@ def attention(
         kernel = flash.Kernel(scale, window, softcap, _ring_block(q_btnh.shape[1], ring), causal)
         f, b = (functools.partial(f, kernel) for f in (flash.forward, flash.backward))
         return ring_attention(q_btnh, k_bskh, v_bskh, queries, keys, forward=f, backward=b)
-    simple_mask = queries.segments is None and q_btnh.shape[1] == k_bskh.shape[1]
     plain_scores = not softcap and not drops and bias_bnts is None
-    fits_cudnn = simple_mask and plain_scores and q_btnh.dtype == jnp.bfloat16
+    fits_cudnn = plain_scores and _fits_cudnn(q_btnh, k_bskh, queries, keys, window)
     if backend == "auto":
         fits_blocks = (among_themselves or not causal) and not drops and bias_bnts is None
         backend = _fastest(q_btnh, k_bskh, fits_cudnn, fits_blocks)
     _check_backend(backend, fits_cudnn, drops, bias_bnts is not None)
     if backend == "cudnn":
+        if queries.segments is not None:
+            return packed_attention(
+                q_btnh, k_bskh, v_bskh, queries.segments, queries.most_segments, scale, causal
+            )
         reach = None if window is None else (window - 1, 0)
         options = {"scale": scale, "is_causal": causal, "local_window_size": reach}
         return jax.nn.dot_product_attention(
@@ -112,6 +116,19 @@ def attention(
     return _plain(
         q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, bias_bnts, dropout, dropout_rate
     )
+
+
+def _fits_cudnn(q_btnh, k_bskh, queries: Places, keys: Places, window: int | None) -> bool:
+    """Whether cuDNN takes these arrays, and knows this mask without an array of it.
+
+    A row of one token, as in initialisation, is not worth it, and may be a batch that it refuses.
+    """
+    if q_btnh.dtype != jnp.bfloat16 or not 1 < q_btnh.shape[1] == k_bskh.shape[1]:
+        return False
+    if queries.segments is None:
+        return keys.segments is None
+    most = queries.most_segments
+    return queries is keys and window is None and most is not None and most <= MOST_SEGMENTS
 
 
 def _ring_size() -> int:
@@ -147,9 +164,10 @@ def _check_ring(size: int, backend: str, drops: bool, biased: bool) -> None:
 def _check_backend(backend: str, fits_cudnn: bool, drops: bool, biased: bool) -> None:
     if backend == "cudnn" and not fits_cudnn:
         raise UserError(
-            "model.attention=cudnn only does bfloat16 attention over one document a row, and this "
-            "call has packed documents, a source, a cache, dropout, relative positions or float32: "
-            "use model.attention=auto"
+            "model.attention=cudnn only does bfloat16 attention of rows to themselves, with up to "
+            f"{MOST_SEGMENTS - 1} documents in a row and no window where there are several, and "
+            "this call has more, or a source, a cache, dropout, relative positions or float32: use "
+            "model.attention=auto"
         )
     if backend == "blocked" and biased:
         raise UserError(

@@ -26,6 +26,8 @@ class Places:
 
     positions: jax.Array
     segments: jax.Array | None = None
+    most_segments: int | None = dataclasses.field(default=None, metadata={"static": True})
+    """How many segments a row has at most, padding counted; None: not known."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import jax
 
 from jaxlm.config import TrainConfig
 from jaxlm.data.tokens import Row
-from jaxlm.losses import LossSums, blocked_cross_entropy
+from jaxlm.losses import Objective, blocked_cross_entropy
+from jaxlm.models.head import head_params
 from jaxlm.nn.attention import Places, Source
 from jaxlm.nn.layers import Dropout
 
@@ -27,6 +28,13 @@ class Batch:
     positions: jax.Array
     source: Source | None = None
     """What an encoder reads, [B, S]; a segment of the target goes with that of the same number."""
+    most_segments: int | None = dataclasses.field(default=None, metadata={"static": True})
+    """How many segments a row has at most, padding counted; None: not known."""
+
+    @property
+    def places(self) -> Places:
+        """Where the tokens stand."""
+        return Places(self.positions, self.segment_ids, self.most_segments)
 
 
 def packed_batch(rows: Row) -> Batch:
@@ -39,20 +47,13 @@ def packed_batch(rows: Row) -> Batch:
     return Batch(*(rows[name] for name in names), source=source)
 
 
-def loss_sums(
-    model, params, batch: Batch, config: TrainConfig, dropout: Dropout | None
-) -> tuple[LossSums, dict]:
-    """The loss of a batch as sums over its targets, and its experts' sums (`nn.moe.route`)."""
-    places = Places(batch.positions, batch.segment_ids)
+def batch_loss(model, params, batch: Batch, config: TrainConfig, dropout: Dropout | None):
+    """(The objective as a sum over the batch's targets, `LossSums`, experts' sums of `nn.moe`)."""
     hidden_btd, experts, _ = model.hidden(
-        params, batch.tokens, places, dropout, source=batch.source
+        params, batch.tokens, batch.places, dropout, source=batch.source
     )
-    sums = blocked_cross_entropy(
-        hidden_btd,
-        lambda hidden: model.logits(params, hidden),
-        batch.targets,
-        batch.weights,
-        config.loss_block,
-        smooth=config.label_smoothing > 0,
+    objective = Objective(model.logits, config.loss_block, config.z_loss, config.label_smoothing)
+    total, sums = blocked_cross_entropy(
+        objective, head_params(model.config, params), hidden_btd, batch.targets, batch.weights
     )
-    return sums, experts
+    return total, sums, experts

@@ -1,5 +1,6 @@
 """The form of a config's task, and how its rows become a batch."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -26,9 +27,14 @@ def make_form(config: Config) -> Form:
 
 def batch_maker(config: Config, prepared: Prepared) -> Callable[[Row], Batch]:
     """How rows of prepared data become a batch of the config's task."""
+    make = packed_batch
     if config.task == "language_modelling":
-        return language_modelling.make_batch
+        make = language_modelling.make_batch
     if config.task == "classification":
         weights = classification.class_weights(config, prepared)
-        return partial(classification.make_batch, weights=weights)
-    return packed_batch
+        make = partial(classification.make_batch, weights=weights)
+    files = (*prepared.train, *prepared.valid)
+    most = max(prepared.form.rows(file, config.seq_len).most_segments for file in files)
+    # A bound that other data is likely to share, and with it what is compiled.
+    bound = 1 << (most - 1).bit_length()
+    return lambda rows: dataclasses.replace(make(rows), most_segments=bound)

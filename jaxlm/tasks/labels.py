@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.losses import token_nll
-from jaxlm.nn.attention import Places
 from jaxlm.tasks.batch import Batch
 
 CALIBRATION_BINS = 15
@@ -30,8 +29,7 @@ class LabelSums:
 
 def label_sums(model, params, batch: Batch) -> LabelSums:
     """Run a classifier on a batch."""
-    places = Places(batch.positions, batch.segment_ids)
-    hidden_btd, *_ = model.hidden(params, batch.tokens, places, source=batch.source)
+    hidden_btd, *_ = model.hidden(params, batch.tokens, batch.places, source=batch.source)
     logits_btc = model.logits(params, hidden_btd)
     counted_bt = (batch.weights > 0).astype(jnp.float32)
     nll_bt, log_z_bt = token_nll(logits_btc, batch.targets)

@@ -17,13 +17,15 @@ PEAK_FLOPS = {
 }
 
 
-def training_flops_per_token(config: ModelConfig, seq_len: int, frozen: bool = False) -> float:
+def training_flops_per_token(
+    config: ModelConfig, seq_len: int, frozen: bool = False, causal: bool = False
+) -> float:
     """FLOPs of forward and backward per token, as PaLM counts them (Chowdhery et al., 2022).
 
     Six for every weight of a matrix product (the head's, never the embedding lookup's) and
-    attention in full, without the causal half taken off. An encoder-decoder's are those per token
-    of a target whose source is as long. Four for every weight where those are `frozen`: they get no
-    gradient, and adapters beside them are too few to count.
+    attention in full, or, `causal`, without the half that a decoder masks. An encoder-decoder's are
+    those per token of a target whose source is as long. Four for every weight where those are
+    `frozen`: they get no gradient, and adapters beside them are too few to count.
     """
     c = config
     if c.is_recurrent:
@@ -44,7 +46,8 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, frozen: bool = F
     if c.pooler and c.labels is not None:
         head += c.d_model**2
     weights = (4.0 if frozen else 6.0) * (layers + head)
-    return weights + 12 * attentions * c.num_heads * c.head_size * seq_len
+    attended = 12 * attentions * c.num_heads * c.head_size * seq_len
+    return weights + (attended / 2 if causal else attended)
 
 
 def _recurrent_flops_per_token(config: ModelConfig, seq_len: int) -> float:

@@ -144,7 +144,7 @@ def _provide_cpu_devices(count: int) -> None:
     count = min(count, MOST_VIRTUAL_DEVICES)
     if count == 1:
         return
-    keep_order_on_cpu()
+    keep_order_on_cpu(count)
     if "xla_force_host_platform_device_count" in os.environ["XLA_FLAGS"]:
         return
     # Too late once JAX has started: make_mesh then counts what there is.

@@ -48,7 +48,7 @@ if knows(QUICK_EMITTERS):
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_num_cpu_devices", 8)
-keep_order_on_cpu()
+keep_order_on_cpu(8)
 
 # A busy machine is not a failure, and the same examples each time make a failure repeatable.
 hypothesis.settings.register_profile("jaxlm", deadline=None, derandomize=True)

@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from jaxlm.bench import __main__ as bench
+from jaxlm.bench import train
+from jaxlm.errors import UserError
 
 TINY = {
     "task": "translation",
@@ -44,7 +46,7 @@ def test_translation_is_measured_on_both_sides(pairs, monkeypatch, capsys):
     out = pairs / "out"
     options = ["--language=de", "--tokens=1000", "--limit=3", f"--out={out}"]
     bench.main(["translation", f"--config={pairs / 'config.yaml'}", *files, *options])
-    ours, theirs = json.loads((out / "results.json").read_text())
+    ours, theirs = json.loads((out / "results.json").read_text())["results"]
     assert (ours["name"], theirs["name"]) == ("jaxlm", "marian")
     assert ours["tokens"] == pytest.approx(1000, rel=0.3)
     assert ours["tokens"] <= theirs["tokens"] <= ours["tokens"] + 2 * 2048
@@ -52,3 +54,46 @@ def test_translation_is_measured_on_both_sides(pairs, monkeypatch, capsys):
     assert ours["seconds"] > 0 < theirs["seconds"]
     assert ours["scores"].keys() == theirs["scores"].keys() == {"beam1", "beam4"}
     assert "marian" in capsys.readouterr().out
+
+
+SMALL = {"d_model": 32, "num_layers": 3, "num_heads": 4, "d_ff": 48, "vocab_size": 64}
+SMALL |= {"max_seq_len": 16}
+LLAMA = SMALL | {"num_kv_heads": 2, "tie_embeddings": False, "dtype": "float32"}
+GPT2 = SMALL | {"preset": "gpt2-tiny", "num_kv_heads": None, "dtype": "bfloat16"}
+
+
+def workloads(**models):
+    train_ = {"batch_size": 2, "loss_block": 8}
+    settings = {name: {"model": model, "train": train_} for name, model in models.items()}
+    return {"cpu": {n: train.Workload(s, (train.EAGER,), 0.01) for n, s in settings.items()}}
+
+
+@pytest.mark.slow
+def test_a_training_step_is_that_of_pytorch_and_both_are_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "WORKLOADS", workloads(llama=LLAMA, gpt2=GPT2))
+    bench.main(["train", "--on=cpu", "--quick", f"--out={tmp_path}"])
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["command"] == f"python -m jaxlm.bench train --on=cpu --quick --out={tmp_path}"
+    names = [(r["workload"], r["name"]) for r in found["results"]]
+    sides = ("jaxlm", "torch eager")
+    assert names == [(model, side) for model in ("llama", "gpt2") for side in sides]
+    for ours, theirs in (found["results"][:2], found["results"][2:]):
+        assert ours["parameters"] == theirs["parameters"]
+        assert ours["flops_per_second"] > ours["causal_flops_per_second"] > 0
+        speeds = [r["tokens_per_second"] for r in (ours, theirs)]
+        assert all(0 < s["low"] <= s["median"] <= s["high"] for s in speeds)
+        assert theirs["ratio"] == pytest.approx(speeds[0]["high"] / speeds[1]["high"])
+        assert ours["ratio"] is ours["mfu"] is None
+        assert min(r["peak_bytes"] for r in (ours, theirs)) > 1e8
+    assert "losses agree with torch eager" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sides_that_do_not_compute_the_same_are_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WORKLOADS", workloads(llama=LLAMA))
+    told = train._peers
+    monkeypatch.setattr(train, "_peers", lambda config: told(config) | {"norm_eps": 0.1})
+    with pytest.raises(UserError, match="llama: jaxlm and torch eager do not compute the same"):
+        bench.main(["train", "--on=cpu", "--quick", f"--out={tmp_path}"])
+    with pytest.raises(UserError, match="--models=x: use llama"):
+        bench.main(["train", "--on=cpu", "--models=x", f"--out={tmp_path}"])

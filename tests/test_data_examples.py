@@ -68,8 +68,9 @@ def test_little_is_padding():
 @given(sizes=SIZES)
 def test_rows_hold_whole_examples_with_the_same_segment_on_both_sides(tmp_path_factory, sizes):
     file = write(tmp_path_factory.mktemp("f") / "file", sizes)
-    seen = []
-    for row in PackedRows(file):
+    seen, rows = [], PackedRows(file)
+    assert rows.most_segments == 1 + max((row["segment_ids"].max() for row in rows), default=0)
+    for row in rows:
         assert {n: (a.shape, a.dtype.name) for n, a in row.items()} == {
             **dict.fromkeys(["source_tokens", "source_segment_ids"], ((9,), "int32")),
             **dict.fromkeys(["source_positions"], ((9,), "int32")),

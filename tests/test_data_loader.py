@@ -55,6 +55,8 @@ def test_rows_match_the_reference(tmp_path_factory, lengths, seq_len):
     targets = [token for row in found for token, _, _ in row[1:] if token]
     assert targets == list(range(2, sum(lengths) + 1)), "every token but the first, once"
     assert {a.dtype for a in rows[0].values()} == {np.dtype(np.int32)}
+    most = max(len(set(row["segment_ids"][:-1].tolist())) for row in rows)
+    assert most <= rows.most_segments <= most + 1, "the token behind a row may begin one more"
 
 
 @pytest.fixture

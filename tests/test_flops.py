@@ -31,6 +31,9 @@ def test_six_for_every_weight_of_a_matrix_product_and_attention_in_full(fields, 
     ]
     attention = 12 * attentions * config.num_heads * config.head_size * 64
     assert training_flops_per_token(config, 64) == 6 * sum(kernels) + attention
+    if fields.get("kind") != "lstm":
+        causally = training_flops_per_token(config, 64, causal=True)
+        assert causally == 6 * sum(kernels) + attention / 2
 
 
 def test_an_unknown_device_or_type_has_no_peak():

@@ -33,8 +33,9 @@ class Rows(Sequence):
     @property
     def most_segments(self) -> int:
         """How many segments a row has at most, padding counted."""
+        # The end of the stream, where padding begins, is an offset as well.
         begins = np.arange(len(self) + 1) * self.seq_len + 1
-        return int(np.diff(np.searchsorted(self._file.offsets, begins)).max(initial=0)) + 2
+        return int(np.diff(np.searchsorted(self._file.offsets, begins)).max(initial=0)) + 1
 
     def __getitem__(self, index: int) -> Row:
         """Row `index` as int32 [seq_len + 1] arrays.

@@ -84,6 +84,8 @@ def attention(
     drops = dropout is not None and dropout_rate > 0
     among_themselves = queries is keys
     ring = _ring_size() if among_themselves else 1
+    if queries.most_segments == 1 and among_themselves:
+        queries = keys = Places(queries.positions)
     # A row of one token, as in initialisation, is not split.
     if ring > 1 and q_btnh.shape[1] > 1:
         _check_ring(ring, backend, drops, bias_bnts is not None)
@@ -97,15 +99,7 @@ def attention(
         backend = _fastest(q_btnh, k_bskh, fits_cudnn, fits_blocks)
     _check_backend(backend, fits_cudnn, drops, bias_bnts is not None)
     if backend == "cudnn":
-        if queries.segments is not None:
-            return packed_attention(
-                q_btnh, k_bskh, v_bskh, queries.segments, queries.most_segments, scale, causal
-            )
-        reach = None if window is None else (window - 1, 0)
-        options = {"scale": scale, "is_causal": causal, "local_window_size": reach}
-        return jax.nn.dot_product_attention(
-            q_btnh, k_bskh, v_bskh, implementation="cudnn", **options
-        )
+        return _cudnn(q_btnh, k_bskh, v_bskh, queries, scale, causal, window)
     if backend == "blocked":
         options = {"scale": scale, "window": window, "softcap": softcap, "causal": causal}
         return flash_attention(q_btnh, k_bskh, v_bskh, queries=queries, keys=keys, **options)
@@ -129,6 +123,15 @@ def _fits_cudnn(q_btnh, k_bskh, queries: Places, keys: Places, window: int | Non
         return keys.segments is None
     most = queries.most_segments
     return queries is keys and window is None and most is not None and most <= MOST_SEGMENTS
+
+
+def _cudnn(q_btnh, k_bskh, v_bskh, places: Places, scale: float, causal: bool, window: int | None):
+    if places.segments is not None:
+        most = places.most_segments
+        return packed_attention(q_btnh, k_bskh, v_bskh, places.segments, most, scale, causal)
+    reach = None if window is None else (window - 1, 0)
+    options = {"scale": scale, "is_causal": causal, "local_window_size": reach}
+    return jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, implementation="cudnn", **options)
 
 
 def _ring_size() -> int:

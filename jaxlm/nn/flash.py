@@ -27,7 +27,8 @@ class Places:
     positions: jax.Array
     segments: jax.Array | None = None
     most_segments: int | None = dataclasses.field(default=None, metadata={"static": True})
-    """How many segments a row has at most, padding counted; None: not known."""
+    """How many segments a row has at most, padding counted; None: not known. With 1, `segments`
+    need not be looked at, and positions are columns."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""Competitors that stay alive in processes of their own and take turns on the same machine."""
+
+import dataclasses
+import json
+import subprocess
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxlm.errors import UserError
+
+MARK = "@reply "
+"""What a line of a competitor's output starts with that is an answer; others are its log."""
+
+
+class Competitor:
+    """A process that answers requests, one JSON object a line, by JSON objects.
+
+    A request names what to `do`. An answer that has `error` is raised as UserError.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], env: dict[str, str] | None = None):
+        self.name = name
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
+
+    def ask(self, do: str, **request) -> dict:
+        """Send a request and wait for its answer."""
+        try:
+            self._process.stdin.write(json.dumps({"do": do} | request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its answer, or the lack of one, says more
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                answer = json.loads(line.removeprefix(MARK))
+                if "error" in answer:
+                    raise UserError(f"{self.name} failed at {do!r}: {answer['error']}")
+                return answer
+        raise UserError(f"{self.name} ended at {do!r} with exit code {self._process.wait()}")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Quartiles of a rate over turns."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, rates: Sequence[float]) -> "Speed":
+        """The quartiles of some turns' rates."""
+        return cls(*np.quantile(rates, [0.25, 0.5, 0.75]).tolist())
+
+
+def take_turns(competitors: Sequence[Competitor], rounds: int, **request) -> dict[str, list[float]]:
+    """Ask each for steps, `rounds` times, in an order that rotates; seconds a step, by name."""
+    seconds: dict[str, list[float]] = {c.name: [] for c in competitors}
+    for turn in range(rounds):
+        first = turn % len(competitors)
+        for competitor in (*competitors[first:], *competitors[:first]):
+            answer = competitor.ask("steps", **request)
+            seconds[competitor.name].append(answer["seconds"] / request["count"])
+    return seconds

@@ -474,9 +474,9 @@ def test_reading_takes_no_more_memory_than_the_largest_tensor(exported, tmp_path
         [sys.executable, "-c", MEMORY, str(tmp_path), mesh],
         capture_output=True,
         text=True,
-        check=True,
         timeout=240,
     )
+    assert done.returncode == 0, done.stderr
     beyond, total = map(int, done.stdout.split())
     largest = 24000 * 768 * 4
     print(f"{beyond / 1e6:.0f} MB beyond parameters of {total / 1e6:.0f} MB")

@@ -37,6 +37,8 @@ class LanguageModel:
     """The folder the parameters are from: a run's step or a Hugging Face folder."""
     average_last: int | None = None
     """They are the mean over so many checkpoints, that step the last; None: they are one's."""
+    suffix: tuple[int, ...] = ()
+    """Ids that a text to be classified ends with."""
 
     @property
     def step(self) -> int:
@@ -63,7 +65,7 @@ def load(
     if not isinstance(path, str | Path) or not isinstance(mesh, str | Mesh | None):
         raise UserError(f"load({path!r}, mesh={mesh!r}): give a path, and a mesh such as 'dp2,tp2'")
     folder = find_model(path)
-    config, tokenizer, prefix = read_description(folder)
+    config, tokenizer, (prefix, suffix) = read_description(folder)
     if dtype is not None:
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype={dtype!r} is not known: use 'float32' or 'bfloat16'")
@@ -71,7 +73,16 @@ def load(
     mesh = folded_mesh(mesh if isinstance(mesh, Mesh) else make_mesh(mesh or "dp1"))
     check_fits(config, mesh, training=False)
     program, params = load_program(folder, config, mesh, average_last)
-    return LanguageModel(config, tokenizer, program, params, tuple(prefix), folder, average_last)
+    return LanguageModel(
+        config,
+        tokenizer,
+        program,
+        params,
+        prefix=tuple(prefix),
+        source=folder,
+        average_last=average_last,
+        suffix=tuple(suffix),
+    )
 
 
 def export_checkpoint(

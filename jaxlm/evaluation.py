@@ -106,6 +106,8 @@ def _prepare(model: LanguageModel, config: Config, request: Request, report: Rep
         **_languages(model, config, request),
     )
     form = make_form(dataclasses.replace(config, data=data))
+    if config.task == "classification":
+        form = dataclasses.replace(form, ends=(model.prefix, model.suffix))
     return prepare(data, TokenizerConfig(kind="file", path=str(model.source)), report, form)
 
 

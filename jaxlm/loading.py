@@ -59,16 +59,21 @@ def find_model(path: str | Path, step: str = "last") -> Path:
     return path
 
 
-def read_description(folder: Path) -> tuple[Config, Tokenizer, list[int]]:
-    """What model a folder of `find_model` holds, its tokenizer, and what its texts start with, or,
-    of a translator, its translations."""
-    if not is_model_folder(folder):
-        tokenizer = load_tokenizer(folder)
-        return read_config(folder / CONFIG), tokenizer, [tokenizer.bos_id]
-    model = read_model_config(folder)
-    tokenizer = read_tokenizer(folder, model)
-    prefix = [tokenizer.bos_id] if model.reads_source else tokenizer.prefix
-    return Config(task=_task_of(model), model=model), tokenizer, prefix
+def read_description(folder: Path) -> tuple[Config, Tokenizer, tuple[list[int], list[int]]]:
+    """What model a folder of `find_model` holds, its tokenizer, and what its texts start and, of a
+    classifier, end with; of a translator, what its translations start with."""
+    if is_model_folder(folder):
+        model = read_model_config(folder)
+        config = Config(task=_task_of(model), model=model)
+        tokenizer = read_tokenizer(folder, model)
+        prefix, suffix = tokenizer.prefix, tokenizer.suffix
+    else:
+        config, tokenizer = read_config(folder / CONFIG), load_tokenizer(folder)
+        prefix, suffix = tokenizer.ends
+    if config.task == "classification":
+        return config, tokenizer, (prefix, suffix)
+    is_published = is_model_folder(folder) and config.task != "translation"
+    return config, tokenizer, (prefix if is_published else [tokenizer.bos_id], [])
 
 
 def _task_of(model: ModelConfig) -> str:

@@ -184,7 +184,8 @@ def classify(
     texts, single = _as_list(texts, "texts")
     model = _as_model(model, mesh)
     _check_task(model, "classify", "classification")
-    rows = [row for row, _ in encode_texts(model.tokenizer, texts, model.config.seq_len)]
+    ends, longest = (model.prefix, model.suffix), model.config.seq_len
+    rows = [row for row, _ in encode_texts(model.tokenizer, texts, longest, ends)]
     labels = model.config.model.labels
     found: dict[int, Classification] = {}
     # Texts of like length go together: they are padded.

@@ -160,6 +160,12 @@ class HuggingFaceTokenizer(Tokenizer):
         config = self.config | {"chat_template": template}
         return HuggingFaceTokenizer(self.model, self._bos, self._eos, config)
 
+    @property
+    def ends(self) -> tuple[list[int], list[int]]:
+        """What its own post-processing adds, unless that is nothing."""
+        own = self.prefix, self.suffix
+        return own if any(own) else super().ends
+
     def beginning_with(self, bos_id: int | None) -> "HuggingFaceTokenizer":
         """The same tokenizer with another `bos_id`; with None, itself."""
         if bos_id in (None, self.bos_id):

@@ -55,6 +55,11 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
     @property
+    def ends(self) -> tuple[list[int], list[int]]:
+        """What stands before and behind a text that a model reads as a whole, to classify it."""
+        return [self.bos_id], [] if self.eos_id is None else [self.eos_id]
+
+    @property
     def source(self) -> "Tokenizer":
         """What encodes texts to be translated: itself, unless these have pieces of their own."""
         return self

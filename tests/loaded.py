@@ -48,4 +48,6 @@ def loaded(task: str, mesh: str = "dp1", controls: tuple[str, ...] | None = None
     program = build_decode_program(model, make_mesh(mesh))
     params = split_boxes(jax.jit(model.init)(jax.random.key(1)))[0]
     params = program.prepare(jax.tree.map(jnp.asarray, params))
-    return LanguageModel(config, tokenizer, program, params, (tokenizer.bos_id,), Path())
+    prefix, suffix = tokenizer.ends if task == "classification" else ([tokenizer.bos_id], [])
+    ends = {"prefix": tuple(prefix), "suffix": tuple(suffix)}
+    return LanguageModel(config, tokenizer, program, params, source=Path(), **ends)

@@ -8,11 +8,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import transformers
+from tokenizers import processors
 
+import jaxlm
 from jaxlm.chat import Message, encode_prompt, with_template
 from jaxlm.config import TokenizerConfig
 from jaxlm.errors import UserError
+from jaxlm.evaluation import Request, evaluate
 from jaxlm.export import __main__ as command
 from jaxlm.export.expected import TEXTS
 from jaxlm.export.exporter import export_model
@@ -115,6 +119,32 @@ def test_padding_does_not_change_labels(exported):
     for text, logits in zip(texts, together, strict=True):
         alone = model(**tokenizer(text, return_tensors="pt")).logits[0]
         np.testing.assert_allclose(alone.detach(), logits.detach(), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", ["<s> $A", "$A", "$A </s>"])
+def test_texts_are_classified_as_the_folders_tokenizer_reads_them(template, tokenizer, tmp_path):
+    """Published decoders read no end token behind a text, and some no begin token."""
+    folder, texts = tmp_path / "hf", ["abc def", "you", "the of 中文 é klmno"]
+    model = random_model(MODELS["llama"][0], tokenizer)
+    export_model(model, "hf", folder, skip=True, say=print)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    special = [(name, backend.token_to_id(name)) for name in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = folder / "tokenizer_config.json"
+    adds = {"add_bos_token": "<s>" in template, "add_eos_token": "</s>" in template}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | adds))
+    classify = transformers.pipeline("text-classification", str(folder), top_k=None)
+    loaded = jaxlm.load(folder)
+    for text, found in zip(texts, jaxlm.classify(loaded, texts), strict=True):
+        (entries,) = classify([text])
+        wanted = {entry["label"]: entry["score"] for entry in entries}
+        assert found.probabilities == pytest.approx(wanted, abs=1e-5)
+    (tmp_path / "a.tsv").write_text("".join(f"bad\t{text}\n" for text in texts))
+    figures = evaluate(loaded, Request(data=(str(tmp_path / "a.tsv"),)))
+    bad = [found.probabilities["bad"] for found in jaxlm.classify(loaded, texts)]
+    assert figures["valid_loss"] == pytest.approx(-np.log(bad).mean(), rel=1e-4)
 
 
 @pytest.mark.slow

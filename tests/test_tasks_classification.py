@@ -82,7 +82,9 @@ def test_long_texts_are_cut_and_said(run, tmp_path):
     prepared = run(write(tmp_path / "a.tsv", lines), valid=write(tmp_path / "v.tsv", lines[:4]))
     assert (len(prepared.train[0]), prepared.train[0].num_cut) == (21, 1)
     assert ", 1 cut to 48 tokens, " in run.lines[1]
-    ((ids, cut), (short, whole)) = encode_texts(prepared.tokenizer, ["a" * 99, "a"], 10)
+    ((ids, cut), (short, whole)) = encode_texts(
+        prepared.tokenizer, ["a" * 99, "a"], 10, prepared.tokenizer.ends
+    )
     assert (len(ids), ids[-1], cut, whole) == (10, prepared.tokenizer.eos_id, True, False)
     assert len(short) < 10
 

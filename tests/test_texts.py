@@ -104,7 +104,9 @@ def test_a_classifier_gives_labels_and_probabilities():
     assert len({c.probabilities["neutral"] for c in found}) == 4
     alone = classify(model, texts[2])
     assert alone.probabilities == pytest.approx(found[2].probabilities, rel=1e-4)
-    ((cut, _),) = encode_texts(model.tokenizer, texts[1:2], model.config.seq_len)
+    ((cut, _),) = encode_texts(
+        model.tokenizer, texts[1:2], model.config.seq_len, model.tokenizer.ends
+    )
     assert len(cut) == model.config.seq_len
     assert classify(model, []) == []
 

@@ -300,3 +300,11 @@ def test_unsupported_tokenizers_say_what_would_be_right(tmp_path, byte_level):
     spec = json.loads(byte_level) | {"decoder": None}
     with pytest.raises(UserError, match=r"m\.json decodes by joining words"):
         load_tokenizer(write(tmp_path / "m.json", json.dumps(spec)))
+
+
+def test_a_whole_text_has_the_ends_of_its_tokenizer(trained, tmp_path, byte_level):
+    assert trained.ends == ([trained.bos_id], [trained.eos_id])
+    file = write(tmp_path / "tokenizer.json", byte_level)
+    assert load_tokenizer(file).ends == ([0], [])
+    write(file, json.dumps(json.loads(byte_level) | {"post_processor": None}))
+    assert load_tokenizer(file).ends == ([0], [0])  # it adds none itself

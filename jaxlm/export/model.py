@@ -37,8 +37,7 @@ class Model:
 
 def text_ends(config: ModelConfig, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """What stands before and behind the texts that a model was trained to read."""
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     if config.kind == "encoder_decoder":
-        return [], end
+        return [], [tokenizer.eos_id]
     whole = config.kind == "encoder" or config.labels is not None
-    return [tokenizer.bos_id], end if whole else []
+    return tokenizer.ends if whole else ([tokenizer.bos_id], [])

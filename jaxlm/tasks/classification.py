@@ -16,6 +16,7 @@ from jaxlm.errors import UserError, nearest
 from jaxlm.tasks.batch import Batch, packed_batch
 from jaxlm.tokenizer import Tokenizer
 
+Ends = tuple[Sequence[int], Sequence[int]]
 # More labels than this are refused where most texts have one of their own.
 MANY_LABELS = 10
 # Labels that have an order of their own.
@@ -32,7 +33,7 @@ class Labelled:
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Examples):
-    """Labelled texts as `BOS, text, EOS`, truncated to a row; `names` are the labels.
+    """Labelled texts between the tokenizer's `ends`, truncated to a row; `names` are the labels.
 
     Of a text, the position that the model's head reads has the label's number as its target and
     weight 1; the others have weight 0.
@@ -40,6 +41,8 @@ class Classification(Examples):
 
     at_last: bool
     """Whether the head reads the last token, not the first."""
+    ends: Ends | None = None
+    """What stands before and behind each text, where that is not for the tokenizer to say."""
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -104,11 +107,13 @@ class Classification(Examples):
         return {"tokens": ids, "targets": np.uint32, "weights": np.uint8}
 
     def encoding_facts(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        return super().encoding_facts(tokenizer) | {"at_last": self.at_last}
+        facts = {"at_last": self.at_last, "ends": self.ends or tokenizer.ends}
+        return super().encoding_facts(tokenizer) | facts
 
     def encode(self, tokenizer: Tokenizer, items: Sequence[Labelled]) -> list[Encoded]:
         numbers = {name: number for number, name in enumerate(self.names)}
-        encoded = encode_texts(tokenizer, [item.text for item in items], self.seq_len)
+        texts = [item.text for item in items]
+        encoded = encode_texts(tokenizer, texts, self.seq_len, self.ends or tokenizer.ends)
         return [
             self._encoded(ids, cut, numbers[item.label], len(item.text.encode()))
             for item, (ids, cut) in zip(items, encoded, strict=True)
@@ -142,13 +147,16 @@ def in_order(labels: set[str]) -> tuple[str, ...]:
 
 
 def encode_texts(
-    tokenizer: Tokenizer, texts: Sequence[str], max_len: int
+    tokenizer: Tokenizer, texts: Sequence[str], max_len: int, ends: Ends
 ) -> list[tuple[list[int], bool]]:
-    """What the model reads of each text, `BOS, text, EOS`, and whether that is truncated."""
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    room = max_len - 1 - len(end)
+    """What the model reads of each text, between `ends`, and whether that is truncated.
+
+    There is at least one token.
+    """
+    begin, end = ends
+    room = max_len - len(begin) - len(end)
     return [
-        ([tokenizer.bos_id, *ids[:room], *end], len(ids) > room)
+        ([*begin, *ids[:room], *end] or [tokenizer.bos_id], len(ids) > room)
         for ids in tokenizer.encode_batch(texts)
     ]
 

@@ -197,7 +197,11 @@ def test_translations_are_those_of_transformers(name, request, capsys):
 
 
 @pytest.mark.slow
-def test_a_marian_model_is_written_with_its_own_tokenizer(marian, tmp_path):
-    report = jaxlm.export_checkpoint(marian, "hf", tmp_path / "out")
+@pytest.mark.parametrize("name", ["marian", "t5"])
+def test_they_are_written_with_a_tokenizer_of_the_same_ids(name, request, tmp_path):
+    folder, out = request.getfixturevalue(name), tmp_path / "out"
+    report = jaxlm.export_checkpoint(folder, "hf", out)
     assert report.verified, report.reason
-    assert load_tokenizer(tmp_path / "out").fingerprint == load_tokenizer(marian).fingerprint
+    before, after = load_tokenizer(folder), load_tokenizer(out)
+    assert (before.bos_id, before.special_ids) == (after.bos_id, after.special_ids)
+    assert (out / "source.spm").exists() == (name == "marian")

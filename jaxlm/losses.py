@@ -73,7 +73,9 @@ def _forward(objective: Objective, params, hidden_btd, targets_bt, weights_bt):
         return (sums, _added(total, in_params)), in_hidden
 
     blocks = _split(objective.block, hidden_btd, targets_bt, weights_bt.astype(jnp.float32))
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    # Not `zeros_like`, which would lay them out as parameters that come from outside of a mesh's
+    # manual axes.
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
     (sums, in_params), in_hidden = jax.lax.scan(one_block, (_no_sums(), zeros), blocks)
     value = sums.objective(objective.z_loss, objective.smoothing), sums
     return value, (in_params, _join(in_hidden, hidden_btd.shape[1]))

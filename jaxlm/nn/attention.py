@@ -117,7 +117,8 @@ def _fits_cudnn(q_btnh, k_bskh, queries: Places, keys: Places, window: int | Non
 
     A row of one token, as in initialisation, is not worth it, and may be a batch that it refuses.
     """
-    if q_btnh.dtype != jnp.bfloat16 or not 1 < q_btnh.shape[1] == k_bskh.shape[1]:
+    length = q_btnh.shape[1]
+    if q_btnh.dtype != jnp.bfloat16 or length == 1 or length != k_bskh.shape[1]:
         return False
     if queries.segments is None:
         return keys.segments is None
@@ -199,7 +200,8 @@ def _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, bias_bnts, dropout,
     kv_heads = k_bskh.shape[2]
     q_btkgh = q_btnh.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     q, k, v, (in_q, in_k) = q_btkgh, k_bskh, v_bskh, ("btkgh", "bskh")
-    if length > 1:
+    # A length may be a symbol, which can be told from 1 but not compared with it.
+    if length != 1:
         # Heads before positions: on a CPU, forward and backward take two thirds of the time. For
         # one new token it would be a copy of the cache.
         q, k, v = jnp.moveaxis(q, 1, 3), jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
@@ -215,7 +217,7 @@ def _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, bias_bnts, dropout,
     if dropout is not None:
         weights_bkgts = dropout(weights_bkgts, dropout_rate, ATTENTION_PROBABILITIES, 3)
     out = jnp.einsum(f"bkgts,{in_k}->{in_q}", weights_bkgts.astype(v.dtype), v)
-    out_btkgh = jnp.moveaxis(out, 3, 1) if length > 1 else out
+    out_btkgh = jnp.moveaxis(out, 3, 1) if length != 1 else out
     return out_btkgh.reshape(batch, length, heads, head_dim)
 
 

@@ -98,8 +98,11 @@ class Tokenizer:
         return np.array([len(content) for content in self._bytes])
 
     def with_chat_template(self, template: str) -> "Tokenizer":
-        """The same tokenizer with another chat template."""
-        raise NotImplementedError
+        """The same tokenizer with another chat template. Raises UserError where none can go."""
+        raise UserError(
+            f"a tokenizer of {self.file_name} has no place for a chat template: use a "
+            "SentencePiece model or a tokenizer.json"
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write what `load_tokenizer(folder)` reads back; the model byte for byte."""

@@ -290,3 +290,16 @@ def test_biases_are_refused_where_whole_rows_have_no_scores():
         lowered(16, mesh=make_mesh((2, 4), ("dp", "cp")), bias_bnts=bias)
     # Scores of any length are plain's then.
     assert "1025x1025xf32" in lowered(1025, bias_bnts=jnp.zeros((1, HEADS, 1025, 1025)))
+
+
+def test_with_one_segment_at_most_segments_are_not_looked_at():
+    """Which a mask would cost; and that the bound is read shows where it is wrong."""
+    one = Places(WHOLE.positions, jnp.ones_like(WHOLE.positions), most_segments=1)
+    wrong = Places(WHOLE.positions, PACKED.segments, most_segments=1)
+    whole, *others = (
+        attention(*inputs(), queries=places, keys=places, scale=0.7)
+        for places in (WHOLE, one, wrong, dataclasses.replace(wrong, most_segments=16))
+    )
+    np.testing.assert_array_equal(others[0], whole)
+    np.testing.assert_array_equal(others[1], whole)
+    assert not np.allclose(others[2], whole)

@@ -2,15 +2,18 @@
 
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlm.config import Config
 from jaxlm.data.loader import Rows, training_batches, validation_batches
 from jaxlm.data.tokens import TokenFile, TokenWriter, token_dtype
 from jaxlm.errors import UserError
+from jaxlm.tasks.build import batch_maker
 
 
 def token_file(folder, lengths, first=1):
@@ -156,3 +159,13 @@ def test_validation_parts_and_limit(files):
     for batch, piece in zip(whole, part, strict=True):
         for name, array in batch.items():
             np.testing.assert_array_equal(array[wanted], piece[name])
+
+
+def test_a_batch_says_how_many_documents_a_row_of_any_source_has(tmp_path):
+    few, many = token_file(tmp_path / "few", [90]), token_file(tmp_path / "many", [2] * 30)
+    form = SimpleNamespace(rows=Rows)
+    for train, valid, bound in (((few,), (few,), 2), ((few, many), (few,), 32)):
+        make = batch_maker(Config(), SimpleNamespace(train=train, valid=valid, form=form))
+        row = Rows(train[0], Config().seq_len)[0]
+        batch = make({name: array[None] for name, array in row.items()})
+        assert batch.places.most_segments == bound

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import jaxlm
+from jaxlm.chat import with_template
 from jaxlm.errors import UserError
 from jaxlm.export import __main__ as command
 from jaxlm.export.expected import TEXTS
@@ -144,6 +145,11 @@ def test_marian_comes_back_from_a_folder_and_a_pickle(marian, tmp_path):
     (tmp_path / "target.spm").unlink()
     with pytest.raises(UserError, match="is not a tokenizer that can be read"):
         load_tokenizer(tmp_path)
+
+
+def test_marian_has_no_place_for_a_chat_template(marian):
+    with pytest.raises(UserError, match=r"source\.spm has no place for a chat template: use"):
+        with_template(load_tokenizer(marian))
 
 
 def test_t5_has_its_ids_and_a_hundred_more(t5):

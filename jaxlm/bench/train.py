@@ -216,6 +216,7 @@ def _check(name: str, sides, settings: dict, config: Config, say: Callable[[str]
             small[side] = chosen | {"num_layers": CHECK_LAYERS}
     with tempfile.TemporaryDirectory() as folder:
         request = {"weights": f"{folder}/weights.npz", "count": CHECK_STEPS}
+        # Both of PyTorch's sides would run the same module, eagerly: one of them is enough.
         losses = {
             side.name: side.ask("check", settings=small[side.name], **request)["losses"]
             for side in sides

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from jaxlm.bench import __main__ as bench
-from jaxlm.bench import train
+from jaxlm.bench import decode, train
 from jaxlm.errors import UserError
 
 TINY = {
@@ -97,3 +97,47 @@ def test_sides_that_do_not_compute_the_same_are_not_timed(tmp_path, monkeypatch)
         bench.main(["train", "--on=cpu", "--quick", f"--out={tmp_path}"])
     with pytest.raises(UserError, match="--models=x: use llama"):
         bench.main(["train", "--on=cpu", "--models=x", f"--out={tmp_path}"])
+
+
+def decoding(dtype="float32"):
+    model = SMALL | {"num_kv_heads": 4, "max_seq_len": 64}
+    return {"cpu": {"tiny": decode.Workload(model, dtype, (1, 2), prompt=16, new=8)}}
+
+
+@pytest.mark.slow
+def test_generated_tokens_are_those_of_transformers_and_all_are_timed(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(decode, "WORKLOADS", decoding())
+    peers = {"hf dynamic": "dynamic", "hf static": "static"}  # compiling takes a minute
+    monkeypatch.setattr(decode, "PEERS", peers)
+    bench.main(["decode", "--on=cpu", "--quick", f"--out={tmp_path}"])
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    sides = ["jaxlm", *peers]
+    assert [(r["batch"], r["name"]) for r in results] == [(b, s) for b in (1, 2) for s in sides]
+    assert len({r["parameters"] for r in results}) == 1
+    for r in results:
+        ours = results[sides.index("jaxlm") + len(sides) * (r["batch"] - 1)]
+        high = (ours["tokens_per_second"]["high"], r["tokens_per_second"]["high"])
+        expected = None if r is ours else pytest.approx(high[0] / high[1])
+        assert r["ratio"] == expected
+        assert 0 < r["of_bandwidth"] < 1
+        assert r["peak_bytes"] > 1e8
+    shown = capsys.readouterr().out
+    assert "tiny: 8 greedy tokens are the same on 3 sides" in shown
+    assert "hf static" in shown
+
+
+@pytest.mark.slow
+def test_generation_that_differs_is_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "WORKLOADS", decoding())
+    monkeypatch.setattr(decode, "PEERS", {"hf dynamic": "dynamic"})
+    prompts = decode._prompts
+
+    def others(workload, batch, ours):
+        found = prompts(workload, batch, ours)
+        return {n: [row[::-1] for row in p] if n != "jaxlm" else p for n, p in found.items()}
+
+    monkeypatch.setattr(decode, "_prompts", others)
+    with pytest.raises(UserError, match="tiny: jaxlm and hf dynamic do not say the same"):
+        bench.main(["decode", "--on=cpu", "--quick", f"--out={tmp_path}"])

@@ -1,4 +1,4 @@
-"""`python -m jaxlm.bench train|translation ...`: jaxlm beside what a user would take instead."""
+"""`python -m jaxlm.bench NAME`: jaxlm beside what a user would take instead."""
 
 import argparse
 import dataclasses
@@ -8,68 +8,56 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jaxlm.bench import train, translation
+from jaxlm.bench import checkpoint, data, decode, scale, train, translation
+from jaxlm.bench.drawing import picture
 from jaxlm.cli import OneSentenceParser, run_command
+
+BENCHMARKS = {
+    "train": (train, "a training step beside the same model in PyTorch, eager and compiled"),
+    "decode": (decode, "generation beside transformers: growing, fixed and compiled caches"),
+    "data": (data, "preparing beside datasets and a fast tokenizer, the loader beside training"),
+    "checkpoint": (checkpoint, "what a save holds up; save and restore beside the bare disk"),
+    "scale": (scale, "steps for many devices and layers: compile time, bytes held and sent"),
+    "translation": (translation, "a small Transformer beside Marian, trained by PyTorch"),
+}
+ALL = ("train", "decode", "data", "checkpoint", "scale")
 
 
 def main(argv: list[str]) -> None:
     """Run a benchmark, print its table and write its figures. Raises UserError."""
     arguments = vars(_parser().parse_args(argv))
-    measure = {"train": _train, "translation": _translation}[arguments.pop("benchmark")]
-    out = Path(arguments.pop("out")).expanduser()
+    name, out = arguments.pop("benchmark"), Path(arguments.pop("out")).expanduser()
+    command = " ".join(["python -m jaxlm.bench", *argv])
+    if name != "all":
+        _run(name, out, command, arguments)
+        return
+    for each in ALL:
+        takes = vars(_parser().parse_args([each]))
+        given = {key: value for key, value in arguments.items() if key in takes}
+        takes = {key: value for key, value in takes.items() if key not in ("benchmark", "out")}
+        print(f"\n{each}: {BENCHMARKS[each][1]}", flush=True)
+        _run(each, out / each, command, takes | given)
+
+
+def _run(name: str, out: Path, command: str, arguments: dict) -> None:
+    benchmark = BENCHMARKS[name][0]
     out.mkdir(parents=True, exist_ok=True)
-    results, table = measure(out=out, say=lambda line: print(line, flush=True), **arguments)
+    if "on" in arguments:
+        arguments["device"] = arguments.pop("on") or _device()
+    results = benchmark.run(out=out, say=_say, **arguments)
     figures = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python -m jaxlm.bench", *argv]),
+        "command": command,
         "results": [dataclasses.asdict(result) for result in results],
     }
     (out / "results.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(table)
+    if hasattr(benchmark, "draw"):
+        picture(benchmark.draw, results, out / f"{name}.png", _say)
+    print(benchmark.table(results))
 
 
-def _translation(out: Path, **arguments) -> tuple[list, str]:
-    results = translation.run(out=out, **arguments)
-    heads = f"{'':<8}{'parameters':>12}{'tokens':>12}{'seconds':>9}{'tok/s':>8}"
-    lines = [f"{heads}  BLEU / chrF by beam"]
-    for r in results:
-        scores = ", ".join(f"{beam} {b:.1f} / {c:.1f}" for beam, (b, c) in r.scores.items())
-        lines.append(
-            f"{r.name:<8}{r.parameters:>12,}{r.tokens:>12,}{r.seconds:>9,.0f}"
-            f"{r.tokens / r.seconds:>8,.0f}  {scores}"
-        )
-    return results, "\n".join(lines)
-
-
-def _train(out: Path, on: str | None, models: str | None, quick: bool, say) -> tuple[list, str]:
-    device = on or _device()
-    results = train.run(device, quick, models.split(",") if models else None, say)
-    heads = ("model", "", "tok/s (quartiles)", "jaxlm is", "compile", "peak")
-    rows = [(*heads, "MFU", "causal", "of matmul")]
-    widths = (-6, -14, 28, 10, 9, 10, 8, 8, 11)
-    for r in results:
-        speed = r.tokens_per_second
-        percent = lambda share: "n/a" if share is None else f"{share:.1%}"  # noqa: E731
-        rows.append(
-            (
-                r.workload,
-                r.name,
-                f"{speed.median:,.0f} ({speed.low:,.0f}-{speed.high:,.0f})",
-                "" if r.ratio is None else f"{r.ratio:.2f}x",
-                f"{r.compile_seconds:.0f} s",
-                f"{r.peak_bytes / 1e9:.2f} GB",
-                percent(r.mfu),
-                percent(r.causal_mfu),
-                percent(r.of_matmul),
-            )
-        )
-    return results, "\n".join(
-        "".join(
-            f"{cell:<{-width}}" if width < 0 else f"{cell:>{width}}"
-            for cell, width in zip(row, widths, strict=True)
-        )
-        for row in rows
-    )
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _device() -> str:
@@ -86,20 +74,25 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     names = parser.add_subparsers(dest="benchmark", required=True, parser_class=OneSentenceParser)
-    one = names.add_parser(
-        "train",
-        help="a training step beside the same model in PyTorch, eager and compiled",
-        allow_abbrev=False,
-    )
-    one.add_argument("--on", choices=["cpu", "gpu"], help="[gpu where there is one]")
-    one.add_argument("--models", help="of those of the device, such as 124M,1B [all]")
-    one.add_argument("--quick", action="store_true", help="fewer turns")
-    one.add_argument("--out", default="runs/bench-train", help="[%(default)s]")
-    one = names.add_parser(
-        "translation",
-        help="a small Transformer beside Marian of transformers, trained by PyTorch",
-        allow_abbrev=False,
-    )
+    helps = {name: text for name, (_, text) in BENCHMARKS.items()} | {"all": ", ".join(ALL)}
+    for name, text in helps.items():
+        one = names.add_parser(name, help=text, allow_abbrev=False)
+        if name in ("train", "decode", "checkpoint", "all"):
+            one.add_argument("--on", choices=["cpu", "gpu"], help="[gpu where there is one]")
+        if name in ("train", "decode"):
+            one.add_argument("--models", help="of those of the device, such as 1B [all]")
+        if name == "data":
+            one.add_argument("--train", default="stdlib", help="as in data.train [%(default)s]")
+        if name == "translation":
+            _add_translation(one)
+        else:
+            one.add_argument("--quick", action="store_true", help="less of it, and fewer turns")
+        out = "runs/bench" if name == "all" else f"runs/bench-{name}"
+        one.add_argument("--out", default=out, help="[%(default)s]")
+    return parser
+
+
+def _add_translation(one: argparse.ArgumentParser) -> None:
     one.add_argument("--config", dest="config_path", default="configs/translation-small.yaml")
     one.add_argument("--train", required=True, help="pairs, source TAB target")
     one.add_argument("--valid", required=True, help="pairs to translate and compare")
@@ -108,8 +101,6 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens", type=int, default=3_700_000, help="of both sides, to train on [%(default)s]"
     )
     one.add_argument("--limit", type=int, default=400, help="validation pairs [%(default)s]")
-    one.add_argument("--out", default="runs/bench-translation", help="[%(default)s]")
-    return parser
 
 
 if __name__ == "__main__":

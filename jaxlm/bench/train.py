@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxlm.bench import tables
+from jaxlm.bench.drawing import bars
 from jaxlm.bench.turns import Competitor, Speed, take_turns
 from jaxlm.cli import build_config
 from jaxlm.config import Config
@@ -102,17 +104,18 @@ class Result:
 
 
 def run(
-    device: str, quick: bool, names: list[str] | None, say: Callable[[str], None]
+    device: str, models: str | None, quick: bool, out: Path, say: Callable[[str], None]
 ) -> list[Result]:
     """Measure the workloads of a device (`cpu` or `gpu`).
 
     Raises UserError for a name that there is not, and where the sides do not compute the same.
     """
     known = WORKLOADS[device]
-    if unknown := set(names or ()) - known.keys():
+    names = models.split(",") if models else list(known)
+    if unknown := set(names) - known.keys():
         raise UserError(f"--models={','.join(sorted(unknown))}: use {', '.join(known)}")
     results = []
-    for name in names or known:
+    for name in names:
         results += _measure(name, known[name], device, 3 if quick else 8, say)
     return results
 
@@ -124,7 +127,7 @@ def _measure(
     settings = {OURS: COMMON | workload.settings} | dict.fromkeys(workload.peers, _peers(config))
     present = importlib.util.find_spec("torch") is not None
     if not present:
-        say("PyTorch is not installed, so jaxlm is measured alone: pip install 'jaxlm[hf]'")
+        say("PyTorch is not installed, so jaxlm is measured alone: pip install 'jaxlm[bench]'")
     sides = [_start(n, device) for n in (OURS, *(workload.peers if present else ()))]
     try:
         _check(name, sides, settings, config, say)
@@ -231,3 +234,17 @@ def _check(name: str, sides, settings: dict, config: Config, say: Callable[[str]
                 f"first losses are {ours} and {theirs}"
             )
         say(f"{name}: the first {CHECK_STEPS} losses agree with {side}'s to {apart:.1e}")
+
+
+def table(results: list[Result]) -> str:
+    """The figures as a person reads them."""
+    rows = [("model", "", *tables.SPEED_HEADS, "MFU", "causal", "of matmul")]
+    for r in results:
+        shares = map(tables.percent, (r.mfu, r.causal_mfu, r.of_matmul))
+        rows.append((r.workload, r.name, *tables.speeds(r), *shares))
+    return tables.table((-6, -14, *tables.SPEED_WIDTHS, 8, 8, 11), rows)
+
+
+def draw(figure, results: list[Result]) -> None:
+    """Plot the speeds."""
+    bars(figure, results, lambda r: r.workload, OURS)

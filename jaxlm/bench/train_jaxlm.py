@@ -1,15 +1,13 @@
 """jaxlm's side of the training benchmark: `python -m jaxlm.bench.train_jaxlm`, asked by lines."""
 
 import functools
-import json
 import resource
-import sys
 import time
 
 import jax
 import numpy as np
 
-from jaxlm.bench.turns import MARK
+from jaxlm.bench.answering import answer
 from jaxlm.cli import build_config
 from jaxlm.config import Config
 from jaxlm.flops import training_flops_per_token
@@ -97,10 +95,7 @@ class Side:
 
     def memory(self) -> dict:
         """Peak bytes: of the device or, on a CPU, resident."""
-        stats = jax.local_devices()[0].memory_stats()
-        if stats is not None:
-            return {"peak_bytes": stats["peak_bytes_in_use"]}
-        return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {"peak_bytes": peak_bytes()}
 
     def ceiling(self, size: int) -> dict:
         """FLOP/s of a large product of random matrices in the compute type."""
@@ -116,15 +111,12 @@ class Side:
         return {"flops_per_second": 2 * size**3 / best}
 
 
-def answer(side) -> None:
-    """Answer requests from standard input until it ends."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            reply = getattr(side, request.pop("do"))(**request)
-        except Exception as error:  # the one who asks says it
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        print(MARK + json.dumps(reply), flush=True)
+def peak_bytes() -> int:
+    """Of the first device or, where it does not say, of what was resident of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -6,17 +6,19 @@ The same models as plain modules, as well as PyTorch does them: `scaled_dot_prod
 fused AdamW, bfloat16 by autocast with parameters in float32, and `torch.compile` if asked for.
 """
 
-import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-MARK = "@reply "
+sys.path.append(str(Path(__file__).parent))
+from answering import answer
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -213,17 +215,5 @@ class Side:
         return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def main() -> None:
-    """Answer requests from standard input until it ends."""
-    side = Side("--compile" in sys.argv)
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            reply = getattr(side, request.pop("do"))(**request)
-        except Exception as error:  # the one who asks says it
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        print(MARK + json.dumps(reply), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer(Side("--compile" in sys.argv))

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 from jaxlm.api import load
+from jaxlm.bench import tables
 from jaxlm.cli import read_config
 from jaxlm.config import Config
 from jaxlm.data.corpus import prepare
@@ -62,7 +63,7 @@ def run(
     that do not fit, and where transformers is not installed.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise UserError("this benchmark needs transformers and torch: pip install 'jaxlm[hf]'")
+        raise UserError("this benchmark needs transformers and torch: pip install 'jaxlm[bench]'")
     config = read_config(Path(config_path))
     data = dataclasses.replace(config.data, train=(train,), valid=(valid,))
     config = dataclasses.replace(config, data=data)
@@ -130,3 +131,13 @@ def _peer(request: dict, references: list[str], language: str, out: Path, say) -
         measured = translation_scores(found[f"beam{beams}"], references, language)
         scores[f"beam{beams}"] = measured.bleu, measured.chrf
     return Result("marian", found["parameters"], found["tokens"], found["seconds"], scores)
+
+
+def table(results: list[Result]) -> str:
+    """The figures as a person reads them."""
+    rows = [("", "parameters", "tokens", "seconds", "tok/s", "  BLEU / chrF by beam")]
+    for r in results:
+        scores = ", ".join(f"{beam} {b:.1f} / {c:.1f}" for beam, (b, c) in r.scores.items())
+        numbers = (r.parameters, r.tokens, round(r.seconds), round(r.tokens / r.seconds))
+        rows.append((r.name, *(f"{n:,}" for n in numbers), f"  {scores}"))
+    return tables.table((-8, 12, 12, 9, 8, -40), rows)

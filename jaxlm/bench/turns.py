@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 
+from jaxlm.bench.answering import MARK
 from jaxlm.errors import UserError
-
-MARK = "@reply "
-"""What a line of a competitor's output starts with that is an answer; others are its log."""
 
 
 class Competitor:
@@ -40,6 +39,17 @@ class Competitor:
                 return answer
         raise UserError(f"{self.name} ended at {do!r} with exit code {self._process.wait()}")
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the process."""
         self._process.kill()
@@ -62,12 +72,21 @@ class Speed:
         return cls(*np.quantile(rates, [0.25, 0.5, 0.75]).tolist())
 
 
-def take_turns(competitors: Sequence[Competitor], rounds: int, **request) -> dict[str, list[float]]:
-    """Ask each for steps, `rounds` times, in an order that rotates; seconds a step, by name."""
+def take_turns(
+    competitors: Sequence[Competitor],
+    rounds: int,
+    asked: Mapping[str, dict] | None = None,
+    *,
+    count: int,
+) -> dict[str, list[float]]:
+    """Ask each for `count` steps, `rounds` times, in an order that rotates; `asked` is what else to
+    tell them, by name. Returns seconds a step, by name.
+    """
     seconds: dict[str, list[float]] = {c.name: [] for c in competitors}
     for turn in range(rounds):
         first = turn % len(competitors)
         for competitor in (*competitors[first:], *competitors[:first]):
-            answer = competitor.ask("steps", **request)
-            seconds[competitor.name].append(answer["seconds"] / request["count"])
+            request = {} if asked is None else asked[competitor.name]
+            answer = competitor.ask("steps", count=count, **request)
+            seconds[competitor.name].append(answer["seconds"] / count)
     return seconds

@@ -211,7 +211,14 @@ class Dropout:
 
         def keep(token):
             key = jax.random.fold_in(site_key, token)
-            return jax.random.bernoulli(key, 1 - rate, x.shape[2:])
+            return _bits16(key, x.shape[2:]) >= round(rate * 2**16)
 
         kept = jax.vmap(jax.vmap(keep))(self.tokens)
         return jnp.moveaxis(jnp.where(kept, x / (1 - rate), jnp.zeros_like(x)), 1, token_dim)
+
+
+def _bits16(key, shape: tuple[int, ...]):
+    """Random uint16 of a shape. Two come of each word drawn: drawing is what dropout costs."""
+    *outer, last = shape
+    words = jax.random.bits(key, (*outer, -(-last // 2)), jnp.uint32)
+    return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*outer, -1)[..., :last]

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from jaxlm.sharding import constrain
+from jaxlm.parallel import is_split, summable
+from jaxlm.sharding import axes_of, constrain, mesh_axes
 
 
 @jax.tree_util.register_dataclass
@@ -58,11 +60,39 @@ def blocked_cross_entropy(objective: Objective, params, hidden_btd, targets_bt, 
 
     blocks = _split(objective.block, hidden_btd, targets_bt, weights_bt.astype(jnp.float32))
     sums, _ = jax.lax.scan(one_block, _no_sums(), blocks)
-    return sums.objective(objective.z_loss, objective.smoothing), sums
+    return _value(objective, sums), sums
 
 
 def _forward(objective: Objective, params, hidden_btd, targets_bt, weights_bt):
-    """The value, and the objective's gradients."""
+    """The value, and the objective's gradients.
+
+    Each device adds up what its own tokens do to the parameters, over blocks, and that is summed
+    over devices once. Left to itself, the compiler sums after each block.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    tokens = mesh_axes(("batch", "length"), omit=frozenset({"pp", *mesh.manual_axes}))
+    axes = axes_of(tokens)
+    if not is_split(axes):
+        return _formed(objective, params, hidden_btd, targets_bt, weights_bt)
+
+    def on_a_device(*arguments):
+        (_, sums), (in_params, in_hidden) = _formed(objective, *arguments)
+        total = lambda x: jax.lax.psum(x.astype(summable(x.dtype)), tuple(axes)).astype(x.dtype)  # noqa: E731
+        sums, in_params = jax.tree.map(total, (sums, in_params))
+        return (_value(objective, sums), sums), (in_params, in_hidden)
+
+    everywhere = PartitionSpec()
+    return jax.shard_map(
+        on_a_device,
+        in_specs=(everywhere, tokens, tokens, tokens),
+        out_specs=(everywhere, (everywhere, tokens)),
+        axis_names=axes,
+        check_vma=False,
+    )(params, hidden_btd, targets_bt, weights_bt)
+
+
+def _formed(objective: Objective, params, hidden_btd, targets_bt, weights_bt):
+    """As `_forward`, of tokens that are all at hand."""
 
     def one_block(carry, inputs):
         sums, total = carry
@@ -77,8 +107,12 @@ def _forward(objective: Objective, params, hidden_btd, targets_bt, weights_bt):
     # manual axes.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
     (sums, in_params), in_hidden = jax.lax.scan(one_block, (_no_sums(), zeros), blocks)
-    value = sums.objective(objective.z_loss, objective.smoothing), sums
+    value = _value(objective, sums), sums
     return value, (in_params, _join(in_hidden, hidden_btd.shape[1]))
+
+
+def _value(objective: Objective, sums: LossSums):
+    return sums.objective(objective.z_loss, objective.smoothing)
 
 
 def _backward(objective: Objective, gradients, cotangents):

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-import jaxlm
+from jaxlm.api import load
 from jaxlm.bench.answering import answer
 from jaxlm.bench.train_jaxlm import peak_bytes
 from jaxlm.cli import build_config
@@ -15,6 +15,7 @@ from jaxlm.export.exporter import export_model
 from jaxlm.export.model import Model
 from jaxlm.models.build import make_model
 from jaxlm.sharding import split_boxes
+from jaxlm.texts import generate
 from jaxlm.tokenizer import load_tokenizer
 
 
@@ -37,7 +38,7 @@ class Side:
 
     def setup(self, folder: str, dtype: str) -> dict:
         """Load a model; what it is, and the bytes that a new token has to read."""
-        self.model = jaxlm.load(folder, dtype=dtype)
+        self.model = load(folder, dtype=dtype)
         config = self.model.config.model
         leaves = jax.tree_util.tree_leaves_with_path(self.model.params)
         looked_up = lambda path: not config.tie_embeddings and "embedding" in str(path)  # noqa: E731
@@ -57,7 +58,7 @@ class Side:
 
     def generate(self, prompts: list[str], new_tokens: int) -> dict:
         """Continue prompts greedily; the words of the continuations."""
-        texts = jaxlm.generate(self.model, prompts, max_new_tokens=new_tokens, temperature=0)
+        texts = generate(self.model, prompts, max_new_tokens=new_tokens, temperature=0)
         return {"made": [text.split() for text in texts]}
 
     def steps(self, prompts: list[str], new_tokens: int, count: int) -> dict:

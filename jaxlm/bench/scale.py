@@ -21,6 +21,7 @@ MODEL = {
     "d_ff": 1408,
     "vocab_size": 8192,
     "max_seq_len": 128,
+    "tie_embeddings": True,
     "dtype": "float32",
 }
 DEVICES = (8, 16, 32, 64, 128, 256)
@@ -44,8 +45,9 @@ class Result:
     sent_bytes: int
     """By one device in a step, as `collectives.Collective` counts them."""
     least_bytes: float
-    """What fsdp has to send: each layer's parameters gathered for the forward pass and again for
-    the backward pass, the others' once; and every gradient reduced."""
+    """What fsdp has to send: a layer's parameters gathered for the forward pass and again for the
+    backward pass, the embedding's where it is looked up and where it is the head; and a gradient
+    reduced for each."""
     sent: list[dict]
     versions: dict[str, str]
 
@@ -88,7 +90,7 @@ def _compile(devices: int, layers: int) -> Result:
         device_bytes=found["device_bytes"],
         even_bytes=found["total_bytes"] / devices,
         sent_bytes=sum(traffic["bytes"] for traffic in found["sent"]),
-        least_bytes=3 * in_layers + 2 * others,
+        least_bytes=3 * in_layers + 4 * others,
         sent=found["sent"],
         versions=found["versions"],
     )

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from jaxlm.bench import __main__ as bench
-from jaxlm.bench import decode, train
+from jaxlm.bench import checkpoint, data, decode, scale, train
 from jaxlm.errors import UserError
 
 TINY = {
@@ -141,3 +141,52 @@ def test_generation_that_differs_is_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "_prompts", others)
     with pytest.raises(UserError, match="tiny: jaxlm and hf dynamic do not say the same"):
         bench.main(["decode", "--on=cpu", "--quick", f"--out={tmp_path}"])
+
+
+@pytest.mark.slow
+def test_a_step_is_compiled_for_devices_that_are_not_there(tmp_path, monkeypatch):
+    model = {"d_model": 64, "num_heads": 4, "num_kv_heads": 4, "d_ff": 128, "vocab_size": 512}
+    monkeypatch.setattr(scale, "MODEL", scale.MODEL | model | {"num_layers": 2})
+    monkeypatch.setattr(scale, "QUICK_DEVICES", (4,))
+    monkeypatch.setattr(scale, "QUICK_LAYERS", (2, 5))
+    bench.main(["scale", "--quick", f"--out={tmp_path}"])
+    found = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [(r["mesh"], r["layers"]) for r in found] == [("fsdp4", 2), ("fsdp4", 5)]
+    for r in found:
+        assert r["device_bytes"] == pytest.approx(r["even_bytes"], rel=0.05)
+        assert r["sent_bytes"] == pytest.approx(r["least_bytes"], rel=0.1)
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_saving_and_restoring_is_timed_beside_the_disk(tmp_path, monkeypatch, capsys):
+    model = {"d_model": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "d_ff": 128}
+    monkeypatch.setattr(checkpoint, "QUICK_MODEL", checkpoint.MODEL | model)
+    bench.main(["checkpoint", "--quick", "--on=cpu", f"--out={tmp_path}"])
+    (r,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert r["bytes"] > 12 * r["parameters"]  # parameters and two moments
+    assert 0 < r["blocked"] <= r["total"]
+    assert min(r["restore"], r["raw_read"], r["raw_write"], r["verify"]) > 0
+    assert "training waits" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_both_sides_prepare_the_same_tokens(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "LOADED", 4)
+    monkeypatch.setattr(data, "STEPS", 1)
+    choose = random.Random(0)
+    words = [
+        "".join(choose.choices("abcdefghijklmnop", k=choose.randint(2, 9))) for _ in range(999)
+    ]
+    texts = [" ".join(choose.choices(words, k=200)) for _ in range(400)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    bench.main(["data", f"--train={tmp_path / 'texts.jsonl'}", "--quick", f"--out={out}"])
+    *sides, loading = json.loads((out / "results.json").read_text())["results"]
+    assert [side["name"] for side in sides] == ["jaxlm", "datasets"]
+    assert sides[0]["tokens"] == sides[1]["tokens"] > 400 * 200
+    assert min(side["peak_bytes"] for side in sides) > 1e8
+    assert loading["tokens_per_second"] > 0 < loading["trained_per_second"]
+    assert "what training takes" in capsys.readouterr().out

@@ -147,9 +147,10 @@ def one_device(case: str) -> str:
     return " ".join(["dp1", *extras])
 
 
-def assert_same_losses(case: str, got, wanted):
-    # Adam turns the rounding of a gradient of zero, such as a key's bias, into a full step.
-    later = LATER_TOLERANCE if any(kind in case for kind in KINDS) else TOLERANCE
+def assert_same_losses(case: str, got, wanted, drops: bool = False):
+    # Adam turns the rounding of a gradient of zero into a full step: such as that of a key's bias,
+    # or what little dropout has left of one.
+    later = LATER_TOLERANCE if drops or any(kind in case for kind in KINDS) else TOLERANCE
     np.testing.assert_allclose(got[:1], wanted[:1], rtol=TOLERANCE)
     np.testing.assert_allclose(got, wanted, rtol=later)
 
@@ -222,5 +223,5 @@ def test_dropout_is_the_same(case):
     one = run(f"{same} cp" if "cp" in case else same, 0.2)
     many = run(case, 0.2)
     assert abs(one.losses[0, 0] - run(same).losses[0, 0]) > 1e-3, "dropout does nothing"
-    assert_same_losses(case, many.losses, one.losses)
+    assert_same_losses(case, many.losses, one.losses, drops=True)
     assert_same_gradients(many.gradients, one.gradients)

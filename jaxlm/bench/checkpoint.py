@@ -1,7 +1,7 @@
 """How long a save holds training up, and what saving and restoring take beside the bare disk.
 
 The disk's rates are of the same number of bytes, in the same folder, in the same turn: written by
-one thread and waited for, read as jaxlm reads them (after a save, from the system's cache).
+one thread and waited for, and read by one. Before each reading the system is told to forget them.
 """
 
 import dataclasses

@@ -113,14 +113,17 @@ def _measure(
     rounds: int,
     say: Callable[[str], None],
 ) -> list[Result]:
+    small = workload.settings | {"num_layers": CHECK_LAYERS}
+    with _start(OURS, device) as maker:  # whose memory is not that of decoding
+        maker.ask("write", settings=small, dtype="float32", out=f"{folder}/check")
+        maker.ask("write", settings=workload.settings, dtype=workload.dtype, out=f"{folder}/model")
+        bandwidth = maker.ask("bandwidth", size=BANDWIDTH_BYTES[device])["bytes_per_second"]
     sides = [_start(n, device) for n in (OURS, *(PEERS if present else ()))]
     ours = sides[0]
     try:
-        _check(name, workload, sides, folder / "check", say)
-        ours.ask("write", settings=workload.settings, dtype=workload.dtype, out=f"{folder}/model")
+        _check(name, workload, sides, f"{folder}/check", say)
         request = {"folder": f"{folder}/model", "dtype": workload.dtype}
         facts = {side.name: side.ask("setup", **request) for side in sides}
-        bandwidth = ours.ask("bandwidth", size=BANDWIDTH_BYTES[device])["bytes_per_second"]
         results = []
         for batch in workload.batches:
             prompts = _prompts(workload, batch, ours)
@@ -182,17 +185,15 @@ def _start(name: str, device: str) -> Competitor:
         env = {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         return Competitor(name, command, os.environ | env)
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    hidden |= {"TRANSFORMERS_VERBOSITY": "error"}
+    hidden |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return Competitor(name, [sys.executable, "-P", str(PEER), PEERS[name]], os.environ | hidden)
 
 
-def _check(name: str, workload: Workload, sides, folder: Path, say: Callable[[str], None]) -> None:
+def _check(name: str, workload: Workload, sides, folder: str, say: Callable[[str], None]) -> None:
     """Hold what the sides say against each other."""
     ours, *peers = sides
-    small = workload.settings | {"num_layers": CHECK_LAYERS}
-    ours.ask("write", settings=small, dtype="float32", out=str(folder))
     for side in sides:
-        side.ask("setup", folder=str(folder), dtype="float32")
+        side.ask("setup", folder=folder, dtype="float32")
     prompts = _prompts(workload, 2, ours)
     made = {
         # Compiled or not, transformers runs the same modules.

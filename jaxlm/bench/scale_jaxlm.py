@@ -14,7 +14,7 @@ from jaxlm.cli import build_config
 from jaxlm.collectives import collectives, summarise
 from jaxlm.mesh import make_mesh
 from jaxlm.optim import learning_rate, make_optimizer
-from jaxlm.sharding import batch_sharding, path_name
+from jaxlm.sharding import batch_sharding
 from jaxlm.step import build_model, build_program
 
 
@@ -45,14 +45,12 @@ class Side:
         done = time.monotonic()
         sent = summarise(collectives(compiled.as_text(), mesh))
         held, logical = (state.params, state.opt_state), program.layout.logical
-        params = jax.tree_util.tree_leaves_with_path(logical.params)
         return {
             "trace_seconds": traced - started,
             "compile_seconds": done - traced,
             "device_bytes": sum(map(_on_a_device, jax.tree.leaves(held))),
             "total_bytes": sum(map(_bytes, jax.tree.leaves((logical.params, logical.opt_state)))),
-            "layer_bytes": sum(_bytes(x) for p, x in params if path_name(p).startswith("layers/")),
-            "parameter_bytes": sum(_bytes(x) for _, x in params),
+            "parameter_bytes": sum(map(_bytes, jax.tree.leaves(logical.params))),
             "sent": [dataclasses.asdict(traffic) for traffic in sent],
             "versions": {"jax": jax.__version__},
         }

@@ -145,7 +145,7 @@ def test_generation_that_differs_is_not_timed(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_step_is_compiled_for_devices_that_are_not_there(tmp_path, monkeypatch):
-    model = {"d_model": 64, "num_heads": 4, "num_kv_heads": 4, "d_ff": 128, "vocab_size": 512}
+    model = {"d_model": 64, "num_heads": 4, "num_kv_heads": 4, "d_ff": 128, "vocab_size": 2048}
     monkeypatch.setattr(scale, "MODEL", scale.MODEL | model | {"num_layers": 2})
     monkeypatch.setattr(scale, "QUICK_DEVICES", (4,))
     monkeypatch.setattr(scale, "QUICK_LAYERS", (2, 5))

@@ -6,7 +6,6 @@ one thread and waited for, and read by one. Before each reading the system is to
 
 import dataclasses
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.bench import tables
-from jaxlm.bench.turns import Competitor
+from jaxlm.bench.turns import Competitor, jax_on
 from jaxlm.errors import UserError
 
 MODEL = {
@@ -61,9 +60,8 @@ def run(device: str, quick: bool, out: Path, say: Callable[[str], None]) -> list
     """Save and restore a model's training state some times. Raises UserError without psutil."""
     if importlib.util.find_spec("psutil") is None:
         raise UserError("this benchmark needs psutil: pip install 'jaxlm[bench]'")
-    platform = {"JAX_PLATFORMS": "cuda" if device == "gpu" else "cpu"}
     command = [sys.executable, "-m", "jaxlm.bench.checkpoint_jaxlm"]
-    with Competitor("jaxlm", command, os.environ | platform) as side:
+    with Competitor("jaxlm", command, jax_on(device)) as side:
         facts = side.ask("setup", settings=SETTINGS | {"model": QUICK_MODEL if quick else MODEL})
         say(f"a state of {facts['state_bytes'] / 1e9:.2f} GB")
         turns = []

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jaxlm.bench import tables
 from jaxlm.bench.drawing import bars
-from jaxlm.bench.turns import Competitor, Speed, take_turns
+from jaxlm.bench.turns import Competitor, Speed, chosen, jax_on, take_turns
 from jaxlm.errors import UserError
 
 CHECK_LAYERS = 2
@@ -90,9 +90,7 @@ def run(
     Raises UserError for a name that there is not, and where the sides do not say the same.
     """
     known = WORKLOADS[device]
-    names = models.split(",") if models else list(known)
-    if unknown := set(names) - known.keys():
-        raise UserError(f"--models={','.join(sorted(unknown))}: use {', '.join(known)}")
+    names = chosen(models, known)
     present = importlib.util.find_spec("transformers") is not None
     if not present:
         say("transformers is not installed, so jaxlm is measured alone: pip install 'jaxlm[bench]'")
@@ -180,10 +178,7 @@ def _prompts(workload: Workload, batch: int, ours: Competitor) -> dict[str, list
 def _start(name: str, device: str) -> Competitor:
     if name == OURS:
         command = [sys.executable, "-m", "jaxlm.bench.decode_jaxlm"]
-        platform = "cuda" if device == "gpu" else "cpu"
-        # All have to fit on the device at once.
-        env = {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        return Competitor(name, command, os.environ | env)
+        return Competitor(name, command, jax_on(device))
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     hidden |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return Competitor(name, [sys.executable, "-P", str(PEER), PEERS[name]], os.environ | hidden)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jaxlm.bench import tables
 from jaxlm.bench.drawing import bars
-from jaxlm.bench.turns import Competitor, Speed, take_turns
+from jaxlm.bench.turns import Competitor, Speed, chosen, jax_on, take_turns
 from jaxlm.cli import build_config
 from jaxlm.config import Config
 from jaxlm.errors import UserError
@@ -111,9 +111,7 @@ def run(
     Raises UserError for a name that there is not, and where the sides do not compute the same.
     """
     known = WORKLOADS[device]
-    names = models.split(",") if models else list(known)
-    if unknown := set(names) - known.keys():
-        raise UserError(f"--models={','.join(sorted(unknown))}: use {', '.join(known)}")
+    names = chosen(models, known)
     results = []
     for name in names:
         results += _measure(name, known[name], device, 3 if quick else 8, say)
@@ -182,10 +180,7 @@ def _config(settings: dict) -> Config:
 def _start(name: str, device: str) -> Competitor:
     if name == OURS:
         command = [sys.executable, "-m", "jaxlm.bench.train_jaxlm"]
-        platform = "cuda" if device == "gpu" else "cpu"
-        # Both have to fit on the device at once.
-        env = {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        return Competitor(name, command, os.environ | env)
+        return Competitor(name, command, jax_on(device))
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     command = [sys.executable, "-P", str(PEER), *(["--compile"] if name == COMPILED else [])]
     return Competitor(name, command, os.environ | hidden)
@@ -211,12 +206,12 @@ def _peers(config: Config) -> dict:
 def _check(name: str, sides, settings: dict, config: Config, say: Callable[[str], None]) -> None:
     """Hold the sides' first losses against each other."""
     small = {}
-    for side, chosen in settings.items():
+    for side, told in settings.items():
         if side == OURS:
-            model = chosen["model"] | {"num_layers": CHECK_LAYERS}
-            small[side] = chosen | {"model": model}
+            model = told["model"] | {"num_layers": CHECK_LAYERS}
+            small[side] = told | {"model": model}
         else:
-            small[side] = chosen | {"num_layers": CHECK_LAYERS}
+            small[side] = told | {"num_layers": CHECK_LAYERS}
     with tempfile.TemporaryDirectory() as folder:
         request = {"weights": f"{folder}/weights.npz", "count": CHECK_STEPS}
         # Both of PyTorch's sides would run the same module, eagerly: one of them is enough.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Self
@@ -90,3 +91,17 @@ def take_turns(
             answer = competitor.ask("steps", count=count, **request)
             seconds[competitor.name].append(answer["seconds"] / count)
     return seconds
+
+
+def chosen(models: str | None, known: Mapping[str, object]) -> list[str]:
+    """The names in `--models=a,b`, or all. Raises UserError for one that there is not."""
+    names = models.split(",") if models else list(known)
+    if unknown := set(names) - known.keys():
+        raise UserError(f"--models={','.join(sorted(unknown))}: use {', '.join(known)}")
+    return names
+
+
+def jax_on(device: str) -> dict[str, str]:
+    """The environment of a side that runs JAX on `cpu` or `gpu` and leaves others their memory."""
+    platform = "cuda" if device == "gpu" else "cpu"
+    return os.environ | {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

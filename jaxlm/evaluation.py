@@ -9,10 +9,11 @@ import numpy as np
 
 from jaxlm.api import LanguageModel
 from jaxlm.beam import Beams
-from jaxlm.config import KINDS, Config, TokenizerConfig
+from jaxlm.config import KINDS, Config
 from jaxlm.continuing import Row, Settings, continue_rows
 from jaxlm.data.corpus import Prepared, prepare
 from jaxlm.data.loader import validation_batches
+from jaxlm.data_config import TokenizerConfig
 from jaxlm.errors import UserError
 from jaxlm.export.huggingface import is_model_folder
 from jaxlm.loading import MOST_TOKENS

@@ -145,7 +145,7 @@ class ModelConfig:
     recurrent_dropout: Fraction = 0.0
     """Dropout on what a recurrent layer's product reads of its state, as `dropout` is."""
     word_dropout: Fraction = 0.0
-    """Dropout on words of a recurrent model, of each on all that it occurs in a text."""
+    """Dropout on words, on all that a text has of one at once (Gal and Ghahramani, 2016)."""
     init_mean: float = 0.0
     """Mean of the Gaussian that draws every matrix."""
     init_std: Positive = 0.02
@@ -216,7 +216,6 @@ class ModelConfig:
             "model",
             self,
             recurrent_dropout=recurrent,
-            word_dropout=recurrent,
             reverse_source=encoder,
             source_attention=encoder,
         )

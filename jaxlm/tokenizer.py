@@ -14,6 +14,7 @@ import tokenizers
 
 from jaxlm.errors import UserError
 from jaxlm.tokenizer_base import SPACE_MARK, Tokenizer, piece_bytes
+from jaxlm.tokenizer_dropout import DropoutBPE
 from jaxlm.tokenizer_foreign import SPIECE, T5_EXTRA_IDS, MarianTokenizer, is_t5, t5_json
 
 # Long texts are encoded in stretches that end before the first space of a gap. No piece reaches
@@ -37,6 +38,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, chat_template: str | None = None):
         """Raises UserError without a begin-of-sequence or end-of-sequence piece."""
         super().__init__(model)
+        self._dropout = None
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.load_from_serialized_proto(model)
         self.vocab_size = len(self._processor)
@@ -66,6 +68,12 @@ class SentencePieceTokenizer(Tokenizer):
         """The same tokenizer with another chat template."""
         return SentencePieceTokenizer(self.model, template)
 
+    def with_dropout(self, rate: float, seed: int) -> "SentencePieceTokenizer":
+        """The same tokenizer of BPE, which leaves out merges at random (`tokenizer_dropout`)."""
+        tokenizer = SentencePieceTokenizer(self.model, self.chat_template)
+        tokenizer._dropout = DropoutBPE(self._processor, rate, seed)
+        return tokenizer
+
     def save(self, folder: str | Path) -> None:
         """Also writes the chat template, which the model has no place for."""
         super().save(folder)
@@ -94,6 +102,8 @@ class SentencePieceTokenizer(Tokenizer):
         return first + [i for ids in others for i in (*self._mark_ids, *ids)]
 
     def _encode_long(self, text: str) -> list[int]:
+        if self._dropout is not None:
+            return self._dropout.encode(text)
         # The time that SentencePiece takes grows faster than the text.
         if len(text) <= STRETCH:
             return self._processor.encode(text, out_type=int)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import sentencepiece
 
-from jaxlm.config import TokenizerConfig
+from jaxlm.data_config import TokenizerConfig
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import SPACE_MARK, SentencePieceTokenizer, Tokenizer
 

@@ -18,8 +18,13 @@ from jaxlm.xla import keep_order_on_cpu
 # those that tests start compile to slower code, in a third of the time, and share what they
 # compiled, but nothing with another session: a cache that is there would hide what is slow or
 # says something. `as_users_have_it` is the environment for a process that optimises.
-CACHE = tempfile.mkdtemp(prefix="jaxlm_tests_xla_")
-FLAGS = os.environ.get("XLA_FLAGS", "")
+# pytest-xdist's workers inherit the variables that the process which started them has set.
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not IS_WORKER:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxlm_tests_xla_")
+    os.environ["JAXLM_TESTS_GIVEN_XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "")
+CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"]
+FLAGS = os.environ["JAXLM_TESTS_GIVEN_XLA_FLAGS"]
 QUICK_EMITTERS = "xla_cpu_use_fusion_emitters"
 
 
@@ -39,7 +44,6 @@ def as_users_have_it() -> dict[str, str]:
 
 
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 # JAX chose 1 when it was imported, before jaxlm could: a user's process says less.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 if knows(QUICK_EMITTERS):
@@ -57,7 +61,8 @@ hypothesis.settings.load_profile("jaxlm")
 
 def pytest_unconfigure():
     """Remove the cache when the session ends."""
-    shutil.rmtree(CACHE, ignore_errors=True)
+    if not IS_WORKER:
+        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 TINY_RUN = {

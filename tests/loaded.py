@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxlm.api import LanguageModel
 from jaxlm.chat import with_template
 from jaxlm.cli import build_config
-from jaxlm.config import TokenizerConfig
+from jaxlm.data_config import TokenizerConfig
 from jaxlm.decode import build_decode_program
 from jaxlm.mesh import make_mesh
 from jaxlm.models.build import make_model

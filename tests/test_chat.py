@@ -16,7 +16,7 @@ from jaxlm.chat import (
     turn_end,
     with_template,
 )
-from jaxlm.config import TokenizerConfig
+from jaxlm.data_config import TokenizerConfig
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.tokenizer_training import train_tokenizer

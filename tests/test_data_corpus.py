@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from jaxlm import prepare as command
-from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data import corpus
 from jaxlm.data.corpus import prepare
+from jaxlm.data_config import DataConfig, TokenizerConfig
 from jaxlm.errors import UserError
 from jaxlm.tokenizer_training import train_tokenizer
 
@@ -96,6 +96,26 @@ def test_named_validation_text_leaves_training_text_whole(run, tmp_path):
     prepared = run(train, valid=(valid,))
     assert prepared.train[0].num_documents == 30
     assert [file.num_documents for file in prepared.valid] == [7]
+
+
+def test_training_text_is_cut_anew_each_time_and_validation_text_never(run, tmp_path):
+    source = write(tmp_path / "a.jsonl", [*documents(200), "bad \ud800"])
+    plain = run(source, tokenizer=TokenizerConfig(vocab_size=330))
+    cut = TokenizerConfig(vocab_size=330, dropout=0.3, dropout_cuts=3)
+    found = run(source, tokenizer=cut)
+    (file,), (wanted,) = found.train, plain.train
+    decode = found.tokenizer.decode
+    kept, expected = texts(found.tokenizer, file), texts(plain.tokenizer, wanted)
+    count = len(expected)
+    assert list(map(decode, kept)) == list(map(decode, expected)) * 3
+    assert len({tuple(kept[n * count]) for n in range(3)}) == 3
+    assert file.num_tokens > 3.3 * wanted.num_tokens
+    assert file.num_skipped == wanted.num_skipped == 1
+    assert found.valid[0].digest == plain.valid[0].digest
+    assert run.lines[-1].endswith("3 cuts of each text")
+    assert run(source, tokenizer=cut, workers=3, cache=str(tmp_path / "b")).train[0].digest == (
+        file.digest
+    )
 
 
 def test_several_sources_and_their_weights(run, tmp_path):
@@ -268,7 +288,7 @@ def test_the_command_prints_a_summary(run, tmp_path, tokenizer_config, capsys):
 
 SCRIPT = """
 import sys
-from jaxlm.config import DataConfig, TokenizerConfig
+from jaxlm.data_config import DataConfig, TokenizerConfig
 from jaxlm.data.corpus import prepare
 source, cache, tokenizer = sys.argv[1:]
 data = DataConfig(train=(source,), cache=cache, workers=1)

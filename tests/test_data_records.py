@@ -8,8 +8,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from jaxlm.config import DataConfig
 from jaxlm.data.records import BadRecord, Column, Counts, read_records, usable
+from jaxlm.data_config import DataConfig
 from jaxlm.errors import UserError
 
 PACK = {"gz": gzip.compress, "zst": zstandard.compress}

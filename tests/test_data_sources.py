@@ -12,11 +12,11 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from jaxlm.config import DataConfig
 from jaxlm.data import records, sources
 from jaxlm.data.files import list_files, source_fingerprint
 from jaxlm.data.records import Counts
 from jaxlm.data.sources import read_documents
+from jaxlm.data_config import DataConfig
 from jaxlm.errors import UserError
 
 

@@ -14,9 +14,9 @@ import jaxlm
 from jaxlm import evaluate, evaluation, train
 from jaxlm.beam import Beams
 from jaxlm.cli import read_config
-from jaxlm.config import DataConfig
 from jaxlm.data.corpus import prepare
 from jaxlm.data.loader import Rows
+from jaxlm.data_config import DataConfig
 from jaxlm.errors import UserError
 from jaxlm.evaluation import Request
 from jaxlm.models.ngram_fit import fit

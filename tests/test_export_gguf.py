@@ -16,7 +16,7 @@ import transformers
 from safetensors.numpy import load_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from jaxlm.config import TokenizerConfig
+from jaxlm.data_config import TokenizerConfig
 from jaxlm.errors import UserError
 from jaxlm.export import gguf, gguf_vocabulary
 from jaxlm.tokenizer import HuggingFaceTokenizer, Tokenizer

@@ -14,7 +14,7 @@ from tokenizers import processors
 
 import jaxlm
 from jaxlm.chat import Message, encode_prompt, with_template
-from jaxlm.config import TokenizerConfig
+from jaxlm.data_config import TokenizerConfig
 from jaxlm.errors import UserError
 from jaxlm.evaluation import Request, evaluate
 from jaxlm.export import __main__ as command

@@ -369,7 +369,6 @@ REFUSED = [
     ({"norm_eps": 1e-6}, ["model.norm_eps=1e-06", "a Transformer"]),
     ({"source_attention": True}, ["model.source_attention=true", "model.encoder_layers"]),
     ({"reverse_source": False}, ["model.reverse_source=false", "model.encoder_layers"]),
-    ({"kind": "decoder", "d_model": 16, "word_dropout": 0.1}, ["model.word_dropout=0.1", "lstm"]),
     ({"kind": "decoder", "d_model": 16, "recurrent_dropout": 0.1}, ["recurrent_dropout", "lstm"]),
 ]
 

@@ -182,5 +182,20 @@ def test_dropout_differs_by_key_layer_and_site():
         assert all(not np.array_equal(one, other) for other in masks[:i])
 
 
+def test_a_word_is_dropped_wherever_a_text_has_it():
+    tokens = jnp.asarray([[3, 4, 3, 4, 3, 4, 3, 4]])
+    positions = jnp.asarray([[0, 1, 2, 3, 0, 1, 2, 3]])
+    seen = set()
+    for seed in range(32):
+        dropout = Dropout(jax.random.key(seed), jnp.arange(8, dtype=jnp.uint32)[None])
+        x = dropout.of_texts(positions).words(jnp.ones((1, 8, 2)), tokens, 0.5, 0)[0]
+        a, b, c, d = x[0, 0], x[1, 0], x[4, 0], x[5, 0]
+        wanted = jnp.repeat(jnp.array([a, b, a, b, c, d, c, d])[:, None], 2, 1)
+        np.testing.assert_array_equal(x, wanted)
+        seen.add((float(a), float(b), float(c), float(d)))
+    assert len(seen) > 8  # of 16: words of a text, and a word of two texts, are dropped apart
+    assert set().union(*seen) == {0.0, 2.0}
+
+
 def test_no_rate_is_no_dropout():
     np.testing.assert_array_equal(drop(PLACES, rate=0.0), np.ones((16, 64, 8)))

@@ -10,7 +10,7 @@ import torch
 
 from jaxlm.model_config import ModelConfig
 from jaxlm.nn.layers import Dropout
-from jaxlm.nn.recurrent import CELLS, Recurrent, drop_word_types, steps_of, variational
+from jaxlm.nn.recurrent import CELLS, WORD_TYPES, Recurrent, steps_of, variational
 from jaxlm.sharding import split_boxes
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -177,7 +177,7 @@ def test_word_types_are_dropped_throughout_a_sequence():
     segments = [1] * 6 + [2] * 6
     kept = []
     for key in range(64):
-        x = drop_word_types(jnp.ones((1, T, D)), tokens, 0.25, masks(segments, key))[0]
+        x = masks(segments, key).words(jnp.ones((1, T, D)), tokens, 0.25, WORD_TYPES)[0]
         assert (x == x[:, :1]).all()
         x = x[:, 0]
         assert x[0] == x[2] == x[5] and x[1] == x[4] and x[6] == x[8] and (x[9:] == x[9]).all()

@@ -120,6 +120,7 @@ def run(case: str, dropout: float = 0.0) -> Run:
         model={
             "num_layers": 4,
             "dropout": dropout,
+            "word_dropout": dropout,
             "attention_dropout": 0.0 if "cp" in case else dropout,
             "experts": experts,
         }

@@ -18,9 +18,10 @@ import numpy as np
 
 from jaxlm.bench import tables
 from jaxlm.bench.turns import Competitor, Speed
-from jaxlm.config import Config, DataConfig
+from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared, prepare
 from jaxlm.data.forms import Counts
+from jaxlm.data_config import DataConfig
 from jaxlm.errors import UserError
 from jaxlm.export.vocabulary import write_tokenizer
 

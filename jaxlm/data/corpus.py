@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data.cache import Report, cache_folder, cache_key, cached
 from jaxlm.data.examples import ExampleFile
 from jaxlm.data.files import source_fingerprint
@@ -25,6 +24,7 @@ from jaxlm.data.forms import Documents, Encoded, Form, Origin
 from jaxlm.data.progress import progress
 from jaxlm.data.records import Counts
 from jaxlm.data.tokens import TokenFile
+from jaxlm.data_config import DataConfig, TokenizerConfig
 from jaxlm.errors import UserError
 from jaxlm.processes import Group
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
@@ -66,7 +66,7 @@ def prepare(
 
     Raises UserError for sources and tokenizers that cannot be read, and for no text on one side.
     """
-    return _Preparation(data, form or Documents(data), report).run(tokenizer_config)
+    return _Preparation(data, tokenizer_config, form or Documents(data), report).run()
 
 
 def prepare_together(
@@ -98,8 +98,11 @@ def prepare_together(
 class _Preparation:
     """One run of `prepare`: what its parts share."""
 
-    def __init__(self, data: DataConfig, form: Form, report: Report):
+    def __init__(
+        self, data: DataConfig, tokenizer_config: TokenizerConfig, form: Form, report: Report
+    ):
         self.data = data
+        self.tokenizer_config = tokenizer_config
         self.form = form
         self.report = report
         self.cache = cache_folder(data.cache)
@@ -109,11 +112,12 @@ class _Preparation:
         self.below = 0 if data.valid else self._held_out_below()
         """Hold out the training items whose digest is below this number."""
 
-    def run(self, config: TokenizerConfig) -> Prepared:
+    def run(self) -> Prepared:
         if self.form.names is None:
             self.form = self.form.with_names(self._name_counts())
-        tokenizer = self.form.tokenizer(self._tokenizer(config))
-        train = [self._files(origin, self.below, tokenizer) for origin in self.train]
+        tokenizer = self.form.tokenizer(self._tokenizer())
+        dropout = self.tokenizer_config.dropout
+        train = [self._files(origin, self.below, tokenizer, dropout) for origin in self.train]
         for origin, (kept, held_out) in zip(self.train, train, strict=True):
             if not len(kept):
                 raise self._nothing("train", origin, kept, len(held_out))
@@ -184,7 +188,8 @@ class _Preparation:
         key = cache_key("name-counts", self._facts(self.train))
         return cached(self.cache / key, opened, make, self.report)
 
-    def _tokenizer(self, config: TokenizerConfig) -> Tokenizer:
+    def _tokenizer(self) -> Tokenizer:
+        config = self.tokenizer_config
         if config.kind == "file":
             return load_tokenizer(config.path)
         controls = self.form.controls
@@ -226,8 +231,10 @@ class _Preparation:
             if not num_kept:
                 raise self._nothing("train", origin, counts, num_held_out)
 
-    def _files(self, origin: Origin, below: int, tokenizer: Tokenizer) -> tuple[File, File]:
-        """The items of a source that are kept, and those held out."""
+    def _files(
+        self, origin: Origin, below: int, tokenizer: Tokenizer, dropout: float = 0.0
+    ) -> tuple[File, File]:
+        """The items of a source that are kept, cut at random with `dropout`, and those held out."""
         form, report = self.form, self.report
         facts = {
             "format": form.format,
@@ -241,21 +248,26 @@ class _Preparation:
             **form.origin_facts(origin),
             **form.encoding_facts(tokenizer),
         }
+        cuts = self.tokenizer_config.dropout_cuts
+        if dropout:
+            facts |= {"dropout": dropout, "dropout_cuts": cuts}
         how = "from the cache"
 
         def make(folder: Path) -> None:
             nonlocal how
             start = time.monotonic()
-            counts = Counts()
             kept, held_out = writers = [form.writer(path, tokenizer) for path in _parts(folder)]
-            encode = partial(_encode, form, tokenizer, below)
             try:
                 with progress(f"tokenizing {origin.spec}", report) as advance:
-                    chunks = _chunks(form, form.items(origin, counts))
-                    for item, is_held_out in _parallel(encode, chunks, self.data.workers):
-                        writer = held_out if is_held_out else kept
-                        writer.add(item.content, item.num_bytes)
-                        advance(item.num_bytes)
+                    for encoder, sides in self._passes(tokenizer, dropout):
+                        # Each pass meets the same bad records.
+                        counts = Counts()
+                        chunks = _chunks(form, form.items(origin, counts))
+                        encode = partial(_encode, form, encoder, below)
+                        for item, is_held_out in _parallel(encode, chunks, self.data.workers):
+                            if is_held_out in sides:
+                                writers[is_held_out].add(item.content, item.num_bytes)
+                                advance(item.num_bytes)
                 kept.finish(num_skipped=counts.skipped, source=origin.spec, **facts)
                 held_out.finish(num_skipped=0, source=origin.spec, **facts)
             finally:
@@ -271,8 +283,23 @@ class _Preparation:
 
         key = cache_key(form.kind, facts)
         kept, held_out = cached(self.cache / key, opened, make, report)
-        report(f"{origin.spec}: {form.summary(kept, held_out, how)}")
+        cut = f", {cuts} cuts of each text" if dropout else ""
+        report(f"{origin.spec}: {form.summary(kept, held_out, how)}{cut}")
         return kept, held_out
+
+    def _passes(
+        self, tokenizer: Tokenizer, dropout: float
+    ) -> Iterator[tuple[Tokenizer, tuple[bool, ...]]]:
+        """What encodes a source, and which sides are written of it.
+
+        Sides are False for what is kept and True for what is held out, and never cut at random.
+        """
+        if not dropout:
+            yield tokenizer, (False, True)
+            return
+        yield tokenizer, (True,)
+        for seed in range(self.tokenizer_config.dropout_cuts):
+            yield tokenizer.with_dropout(dropout, seed), (False,)
 
     def _nothing(
         self, field: str, origin: Origin, found: Counts | File, num_held_out: int = 0

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxlm.config import DataConfig
 from jaxlm.data.examples import EXAMPLE_FORMAT, Example, ExampleFile, ExampleWriter, PackedRows
 from jaxlm.data.loader import Rows
 from jaxlm.data.records import Column, Counts, Record, read_records, usable
 from jaxlm.data.sources import max_document_bytes, read_documents
 from jaxlm.data.tokens import FORMAT, Row, TokenFile, TokenWriter, token_dtype
+from jaxlm.data_config import DataConfig
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 

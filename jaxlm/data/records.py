@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxlm.config import DataConfig
 from jaxlm.data.files import list_files, load_hf, open_file, readable
+from jaxlm.data_config import DataConfig
 from jaxlm.errors import UserError, nearest
 
 T = TypeVar("T")

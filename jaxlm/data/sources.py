@@ -7,7 +7,6 @@ order.
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxlm.config import DataConfig
 from jaxlm.data.files import list_files, open_file, readable
 from jaxlm.data.records import (
     JSON_LINES,
@@ -19,6 +18,7 @@ from jaxlm.data.records import (
     file_records,
     usable,
 )
+from jaxlm.data_config import DataConfig
 
 # A longer plain text becomes several documents, and so does, above the smaller bound, one that is
 # more than this share of its source, of which validation text has to be held out.

@@ -17,9 +17,9 @@ from jaxlm.nn.recurrent import (
     CELLS,
     LAYER_INPUT,
     OUTPUT,
+    WORD_TYPES,
     Recurrent,
     Steps,
-    drop_word_types,
     steps_of,
     variational,
 )
@@ -166,8 +166,8 @@ class RecurrentModel:
         """
         c = self.config
         x = self._embed().apply({"params": params["embed"]}, tokens_bt)
-        if dropout is not None and c.word_dropout:
-            x = drop_word_types(x, tokens_bt, c.word_dropout, dropout)
+        if dropout is not None:
+            x = dropout.words(x, tokens_bt, c.word_dropout, WORD_TYPES)
 
         def apply(kind, layer, x, rows, index, state):
             steps, places, ends = rows

@@ -11,7 +11,7 @@ from jaxlm.models.block import Block
 from jaxlm.models.stack import init_stack, run_stack
 from jaxlm.nn.attention import LayerCache, Places, constrain_cache
 from jaxlm.nn.flash import segments_of
-from jaxlm.nn.layers import EMBEDDING, Dropout, Embed, residual_norm
+from jaxlm.nn.layers import EMBEDDING, WORDS, Dropout, Embed, residual_norm
 from jaxlm.nn.positions import RelativeBias, rope_angles, sinusoids
 from jaxlm.parallel.pipeline import Schedule
 from jaxlm.sharding import constrain
@@ -171,6 +171,8 @@ class Trunk:
         """What the first layer reads, [B, T, D]."""
         c = self.config
         x = self._embed().apply({"params": params["embed"]}, tokens_bt)
+        if dropout is not None:
+            x = dropout.of_texts(places.positions).words(x, tokens_bt, c.word_dropout, WORDS)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.d_model**0.5, x.dtype)
         if c.token_types:

@@ -12,7 +12,7 @@ from jaxlm.parallel.lookup import lookup
 from jaxlm.sharding import constrain, with_axes
 
 # Dropout's sites in a block: each draws its own mask.
-EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT, POOLED = range(5)
+EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT, POOLED, WORDS = range(6)
 ENCODER = 2**31  # in place of a layer's number: beyond all of a decoder's
 CROSS = 2**31 + 1  # the same for a layer's attention to a source
 
@@ -198,6 +198,26 @@ class Dropout:
     def of_encoder(self) -> "Dropout":
         """The dropout of the source's tokens, with masks of its own."""
         return Dropout(jax.random.fold_in(self.key, ENCODER), self.source)
+
+    def of_texts(self, positions_bt) -> "Dropout":
+        """Dropout with one mask for each text, that of its first token."""
+        return dataclasses.replace(self, tokens=self.tokens - positions_bt.astype(jnp.uint32))
+
+    def words(self, x_btd, tokens_bt, rate: float, site: int):
+        """Zero all occurrences of a word in a text, with probability `rate`, and scale the rest.
+
+        One mask for each text is assumed. The embedding's dropout of Gal and Ghahramani (2016).
+        """
+        if not rate:
+            return x_btd
+        site_key = jax.random.fold_in(self.key, site)
+
+        def keep(place, token):
+            key = jax.random.fold_in(jax.random.fold_in(site_key, place), token)
+            return jax.random.bernoulli(key, 1 - rate)
+
+        kept_bt = jax.vmap(jax.vmap(keep))(self.tokens, tokens_bt)
+        return jnp.where(kept_bt[:, :, None], x_btd / (1 - rate), jnp.zeros_like(x_btd))
 
     def __call__(self, x, rate: float, site: int, token_dim: int = 1):
         """Zero elements of `x` with probability `rate`, and scale the rest.

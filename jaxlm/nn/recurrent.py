@@ -88,21 +88,6 @@ def variational(dropout: Dropout, steps: Steps) -> Dropout:
     return Dropout(dropout.key, jnp.take_along_axis(dropout.tokens, steps.first, axis=1))
 
 
-def drop_word_types(x_btd, tokens_bt, rate: float, dropout: Dropout):
-    """Zero all occurrences of a word in a sequence, with probability `rate`, and scale the rest.
-
-    `dropout` is `variational`. The embedding's dropout of Gal and Ghahramani (2016).
-    """
-    site_key = jax.random.fold_in(dropout.key, WORD_TYPES)
-
-    def keep(place, token):
-        key = jax.random.fold_in(jax.random.fold_in(site_key, place), token)
-        return jax.random.bernoulli(key, 1 - rate)
-
-    kept_bt = jax.vmap(jax.vmap(keep))(dropout.tokens, tokens_bt)
-    return jnp.where(kept_bt[:, :, None], x_btd / (1 - rate), jnp.zeros_like(x_btd))
-
-
 class _Gates(nn.Module):
     """The weights [D, Z, D] and biases [Z, D] of one of a layer's two products."""
 

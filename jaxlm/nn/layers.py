@@ -231,7 +231,7 @@ class Dropout:
 
         def keep(token):
             key = jax.random.fold_in(site_key, token)
-            return _bits16(key, x.shape[2:]) >= round(rate * 2**16)
+            return _bits16(key, x.shape[2:]) >= min(round(rate * 2**16), 2**16 - 1)
 
         kept = jax.vmap(jax.vmap(keep))(self.tokens)
         return jnp.moveaxis(jnp.where(kept, x / (1 - rate), jnp.zeros_like(x)), 1, token_dim)

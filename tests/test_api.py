@@ -103,6 +103,7 @@ def test_a_step_folder_is_loaded_as_it_is(trained_run):
     assert (first.step, jaxlm.load(trained_run).step) == (30, 60)
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_are_averaged(model, trained_run, tmp_path, capsys):
     config = make_model(model.config.model)
     mesh, last = make_mesh("dp1"), trained_run / "checkpoints" / "step_00000060"

@@ -183,6 +183,7 @@ def test_the_moving_average_is_exported_unless_told_otherwise(corpus, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read_model(tmp_path / "a").params, last.params)
 
 
+@pytest.mark.slow
 def test_a_wrong_table_is_found_out_and_nothing_is_left(trained_run, tmp_path, monkeypatch):
     def swapped(row):
         names = {"layers/mlp/gate/kernel": "layers/mlp/up/kernel"}

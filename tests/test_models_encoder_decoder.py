@@ -63,7 +63,7 @@ def places_of(segments) -> Places:
     return Places(jnp.asarray(columns - starts), jnp.asarray(segments))
 
 
-def assert_close(ours, theirs, tolerance=1e-5):
+def assert_close(ours, theirs, tolerance=2e-5):
     """Equal within a tolerance relative to the largest number."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape

@@ -22,6 +22,7 @@ def test_steps():
             parse_steps(text)
 
 
+@pytest.mark.slow
 def test_a_trace_shows_input_compute_and_checkpoints(small_run, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = small_run(out=run, mesh="dp2", train__steps=6, checkpoint__every_steps=2)

@@ -42,6 +42,7 @@ def test_beams_are_the_programs_best_texts():
     assert cut == one[: one.index(stop)]
 
 
+@pytest.mark.slow
 def test_a_translation_reads_its_source_and_tag():
     model = loaded("translation")
     start = [[model.tokenizer.bos_id]] * len(SOURCES)

@@ -184,6 +184,7 @@ def test_the_data_note_names_tokenizer_and_token_files(trained_run):
     assert set(note) == {"tokenizer", "train", "valid"}
 
 
+@pytest.mark.slow
 def test_averages_intervals_and_sparse_logging(arguments, tmp_path):
     import jaxlm
 

@@ -201,7 +201,9 @@ class Dropout:
 
     def of_texts(self, positions_bt) -> "Dropout":
         """Dropout with one mask for each text, that of its first token."""
-        return dataclasses.replace(self, tokens=self.tokens - positions_bt.astype(jnp.uint32))
+        return dataclasses.replace(
+            self, tokens=self.tokens - positions_bt.astype(self.tokens.dtype)
+        )
 
     def words(self, x_btd, tokens_bt, rate: float, site: int):
         """Zero all occurrences of a word in a text, with probability `rate`, and scale the rest.

@@ -88,7 +88,7 @@ class TokenizerConfig:
     """kind=file: a SentencePiece .model, a Hugging Face tokenizer.json, or a folder with one."""
     training_mb: Count = 8
     """Megabytes of text, sampled evenly, that the tokenizer is trained on."""
-    dropout: Annotated[Fraction, Field(lt=1)] = 0.0
+    dropout: Fraction = 0.0
     """bpe: leave out each merge with this probability where a training text is cut into pieces, so
     that no two cuts are the same (BPE-dropout: Provilkov et al., 2020)."""
     dropout_cuts: Count = 4

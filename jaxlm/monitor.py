@@ -12,7 +12,6 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
-from tensorboardX import SummaryWriter
 
 from jaxlm.errors import NonFiniteError, UserError
 
@@ -30,7 +29,7 @@ class MetricsLog:
         self._path = run / "metrics.jsonl"
         _cut(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._board = _summary_writer()(str(run / "tensorboard"), purge_step=step + 1)
         self._wandb = _start_wandb(run, wandb_project, config) if wandb_project else None
 
     def write(self, metrics: dict[str, float]) -> None:
@@ -272,6 +271,17 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _summary_writer() -> type:
+    """The writer of tensorboardX, which would take seconds to import PyTorch where that is."""
+    blocked = sys.modules.setdefault("torch", None) is None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if blocked:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _start_wandb(run: Path, project: str, config: dict):

@@ -221,11 +221,14 @@ def test_a_text_longer_than_the_model_is_an_error(model):
         jaxlm.score(model, "ab " * 200)
 
 
-def test_importing_is_quick_to_do_and_starts_nothing():
+def test_importing_is_quick_to_do_and_starts_nothing(tmp_path):
     program = (
         "import sys, jaxlm; assert 'jax' not in sys.modules; "
         "import jaxlm.sample, jaxlm.train, jaxlm.api, jaxlm.decode; "
         "assert callable(jaxlm.generate) and callable(jaxlm.score) and callable(jaxlm.load); "
-        "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+        "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized(); "
+        "from pathlib import Path; from jaxlm.monitor import MetricsLog; "
+        f"MetricsLog(Path({str(tmp_path)!r}), 0, None, {{}}).close(); "
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

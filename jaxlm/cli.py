@@ -22,6 +22,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from jaxlm.config import Config
+from jaxlm.data_config import DROPOUT
 from jaxlm.errors import NonFiniteError, UserError, nearest, show
 from jaxlm.model_config import ModelConfig
 from jaxlm.presets import PRESETS
@@ -153,8 +154,8 @@ def build_config(
     preset = in_line.get("preset", in_file.get("preset", default))
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(
-            f"model.preset={preset!r} is not known{nearest(str(preset), PRESETS)}"
-            f" (presets: {', '.join(PRESETS)})"
+            f"model.preset={preset!r} is not known"
+            f"{nearest(str(preset), PRESETS) or ' (presets: ' + ', '.join(PRESETS) + ')'}"
         )
     fields = PRESETS[preset] or ModelConfig.__dataclass_fields__.keys() - {"preset"}
     if in_line.get("preset", in_file.get("preset")) != in_file.get("preset") and set(fields) <= set(
@@ -167,9 +168,10 @@ def build_config(
     base = {"model": dict(PRESETS[preset])}
     if below is not None:
         chosen = "preset" in in_file or "preset" in in_line
-        given = {key for layer in (file, overrides) for key in layer}
-        kept = {k: v for k, v in below.items() if k != ("model" if chosen else "")}
-        base |= {k: v for k, v in kept.items() if k != "tokenizer" or k not in given}
+        dropped = {"model"} if chosen else set()
+        if any(_names_tokenizer(layer.get("tokenizer", {})) for layer in (file, overrides)):
+            dropped.add("tokenizer")
+        base |= {key: value for key, value in below.items() if key not in dropped}
     merged = _merge(_merge(base, file), overrides)
     try:
         # As JSON: pydantic's strict mode takes mappings for dataclasses only there.
@@ -324,6 +326,11 @@ def _sentence(error: dict, where: str) -> str:
         )
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{key}={show(value)} is wrong: it should be {wanted}{where}"
+
+
+def _names_tokenizer(settings: object) -> bool:
+    """Whether settings of a tokenizer say which one it is, and not only how it is used."""
+    return not isinstance(settings, dict) or not settings.keys() <= {*DROPOUT}
 
 
 def _nearest_key(key: str, keys: list[str], mark: str = "") -> str:

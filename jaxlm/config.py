@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from jaxlm.axes import parse_mesh
-from jaxlm.data_config import DataConfig, TokenizerConfig
+from jaxlm.data_config import DROPOUT, DataConfig, TokenizerConfig
 from jaxlm.errors import UserError, check_read, nearest_divisor, needs, show
 from jaxlm.model_config import STRICT, ModelConfig
 from jaxlm.values import (
@@ -180,6 +180,7 @@ class LogConfig:
 # of the sample.
 NGRAM_UNREAD = {
     "data": ("weights", "seq_len", "prefetch"),
+    "tokenizer": DROPOUT,
     "optim": (),
     "train": (),
     "parallel": (),

@@ -3,6 +3,7 @@
 Every field's docstring is its line in `--help`; every default stands here and nowhere else.
 """
 
+import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -11,6 +12,9 @@ from pydantic.dataclasses import dataclass
 from jaxlm.errors import UserError, check_read, needs
 from jaxlm.model_parts import STRICT
 from jaxlm.values import Count, Fraction, Names, Natural, PathText, Text, Weights
+
+# Fields of a tokenizer that do not say which one it is.
+DROPOUT = "dropout", "dropout_cuts"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -89,7 +93,7 @@ class TokenizerConfig:
     training_mb: Count = 8
     """Megabytes of text, sampled evenly, that the tokenizer is trained on."""
     dropout: Fraction = 0.0
-    """bpe: leave out each merge with this probability where a training text is cut into pieces, so
+    """BPE: leave out each merge with this probability where a training text is cut into pieces, so
     that no two cuts are the same (BPE-dropout: Provilkov et al., 2020)."""
     dropout_cuts: Count = 4
     """How often each training text is cut with tokenizer.dropout; an epoch has them all."""
@@ -105,6 +109,11 @@ class TokenizerConfig:
             path=file,
             vocab_size=learned,
             training_mb=learned,
-            dropout=needs("tokenizer", self, "kind", "bpe"),
+            dropout=needs("tokenizer", self, "kind", "bpe", "file"),
             dropout_cuts=(self.dropout > 0, "tokenizer.dropout"),
         )
+
+    def without_dropout(self) -> "TokenizerConfig":
+        """The same, cutting every text in one way."""
+        usual = {key: self.__dataclass_fields__[key].default for key in DROPOUT}
+        return dataclasses.replace(self, **usual)

@@ -79,7 +79,8 @@ def evaluate(model: LanguageModel, request: Request, report: Report = lambda lin
 def _check(model: LanguageModel, task: str, request: Request) -> None:
     """Raise UserError for a task that the model cannot do, and for what the task does not read."""
     kind, labels = model.config.model.kind, model.config.model.labels
-    if kind not in KINDS[task] or (task == "classification") != (labels is not None):
+    fits = kind in KINDS[task] and (task == "translation") == model.config.model.reads_source
+    if not fits or (task == "classification") != (labels is not None):
         raise UserError(
             f"{model.source} is a model of task={model.config.task} and cannot be evaluated on "
             f"task={task}: leave --task out, or give another model"
@@ -204,7 +205,8 @@ def _baseline(model: LanguageModel, config: Config, name: str, report: Report) -
     match = BASELINE.fullmatch(name)
     if match is None:
         raise UserError(f"--baseline={name} is not known: use ngramN, such as ngram5")
-    prepared = _prepare_run(model, config, report)
+    whole = dataclasses.replace(config, tokenizer=config.tokenizer.without_dropout())
+    prepared = _prepare_run(model, whole, report)
     report(f"fitting {name}")
     return fit(prepared.train, int(match[1]), model.config.model.vocab_size)
 

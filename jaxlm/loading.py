@@ -208,8 +208,8 @@ def _last_steps(folder: Path, count: int) -> list[Path]:
     steps = [step for step in steps if step.name <= folder.name]
     if len(steps) < count:
         raise UserError(
-            f"average_last={count} is more than the {len(steps)} complete checkpoints that {run} "
-            f"has up to {folder.name}: use at most that, or keep more (checkpoint.keep, "
+            f"average_last={count} is more checkpoints than the {len(steps)} that {run} has "
+            f"complete up to {folder.name}: use at most that, or keep more (checkpoint.keep, "
             "checkpoint.every_steps)"
         )
     return steps[-count:]

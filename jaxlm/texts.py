@@ -154,7 +154,8 @@ def score(
         given = [] if sources is None else _as_list(sources, "sources")[0]
         if len(given) != len(texts):
             raise UserError(
-                f"there are {len(given)} sources for {len(texts)} translations: give one for each"
+                f"there are {len(given)} sources for {len(texts)} translations: give sources=, one "
+                "for each"
             )
         read = _sources(model, given, target)
         rows = [[*model.prefix, *ids, model.tokenizer.eos_id] for ids in encoded]

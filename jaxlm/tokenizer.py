@@ -24,6 +24,8 @@ STRETCHES = re.compile(rf"(?s).{{{STRETCH},}}?(?:(?<=[^ ])(?= )|\Z)|.+")
 INNER_SPACE = re.compile(f"[^{SPACE_MARK}]{SPACE_MARK}")
 # How word pieces that continue a word begin.
 INSIDE_WORD = "##"
+# Such as a tokenizer that normalises, or puts a space in front, cuts differently.
+SAMPLE = "The \ufb01rst  caf\u00e9s of 1998,\n\tand the \u2116\uff11 \u2026"
 CHAT_TEMPLATE = "chat_template.jinja"
 START = "decoder_start_token_id"
 BEGIN_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
@@ -69,7 +71,13 @@ class SentencePieceTokenizer(Tokenizer):
         return SentencePieceTokenizer(self.model, template)
 
     def with_dropout(self, rate: float, seed: int) -> "SentencePieceTokenizer":
-        """The same tokenizer of BPE, which leaves out merges at random (`tokenizer_dropout`)."""
+        """The same tokenizer of BPE, which leaves out merges at random (`tokenizer_dropout`).
+
+        Raises UserError where its pieces do not come of the text's own characters by merges.
+        """
+        plain = DropoutBPE(self._processor, 0.0, seed)
+        if not self._can_cut or plain.encode(SAMPLE) != self._processor.encode(SAMPLE):
+            return super().with_dropout(rate, seed)
         tokenizer = SentencePieceTokenizer(self.model, self.chat_template)
         tokenizer._dropout = DropoutBPE(self._processor, rate, seed)
         return tokenizer

@@ -104,6 +104,13 @@ class Tokenizer:
             "SentencePiece model or a tokenizer.json"
         )
 
+    def with_dropout(self, rate: float, seed: int) -> "Tokenizer":
+        """The same tokenizer, leaving out merges. Raises UserError where none can be left out."""
+        raise UserError(
+            f"tokenizer.dropout={rate} leaves out merges of BPE as tokenizer.kind=bpe learns it, "
+            f"and this tokenizer, a {self.file_name}, is another kind: leave it out"
+        )
+
     def save(self, folder: str | Path) -> None:
         """Write what `load_tokenizer(folder)` reads back; the model byte for byte."""
         (Path(folder) / self.file_name).write_bytes(self.model)

@@ -110,7 +110,7 @@ def test_training_text_is_cut_anew_each_time_and_validation_text_never(run, tmp_
     assert file.num_tokens > 3.1 * wanted.num_tokens
     assert file.num_skipped == wanted.num_skipped == 1
     assert found.valid[0].digest == plain.valid[0].digest
-    assert run.lines[-1].endswith("3 cuts of each text")
+    assert run.lines[-1].endswith("each text to train on in pieces 3 times")
     assert run(source, tokenizer=cut, workers=3, cache=str(tmp_path / "b")).train[0].digest == (
         file.digest
     )

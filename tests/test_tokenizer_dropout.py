@@ -1,12 +1,17 @@
 """BPE-dropout: without a rate SentencePiece's own pieces, with one others of the same text."""
 
+import io
+
 import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxlm.cli import build_config
 from jaxlm.data_config import TokenizerConfig
+from jaxlm.errors import UserError
+from jaxlm.tokenizer import SentencePieceTokenizer
 from jaxlm.tokenizer_dropout import DropoutBPE
 from jaxlm.tokenizer_training import train_tokenizer
 
@@ -52,6 +57,40 @@ def test_merges_are_left_out_at_the_rate_of_sentencepiece(tokenizer, processor):
         error = np.hypot(np.std(ours), np.std(theirs)) / 300**0.5
         assert abs(np.mean(ours) - np.mean(theirs)) < 5 * error
         assert np.mean(ours) > len(tokenizer.encode(TEXT)) + 5 * error
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "unigram"},
+        {"add_dummy_prefix": True},
+        {"normalization_rule_name": "nmt_nfkc"},
+    ],
+)
+def test_other_tokenizers_are_refused(changes):
+    options = {"model_type": "bpe", "add_dummy_prefix": False, "vocab_size": 32} | changes
+    options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False} | changes
+    model = io.BytesIO()
+    train = sentencepiece.SentencePieceTrainer.train
+    train(sentence_iterator=iter([TEXT] * 20), model_writer=model, minloglevel=2, **options)
+    other = SentencePieceTokenizer(model.getvalue())
+    with pytest.raises(UserError, match=r"dropout=0\.1 leaves out .* tokenizer\.model, is"):
+        other.with_dropout(0.1, 0)
+
+
+def test_a_tokenizer_that_a_run_starts_from_stays_where_only_dropout_is_given():
+    below = {"tokenizer": {"kind": "file", "path": "theirs"}}
+    config = build_config({}, {"tokenizer": {"dropout": 0.1}}, below=below)
+    assert config.tokenizer == TokenizerConfig(kind="file", path="theirs", dropout=0.1)
+    config = build_config({"tokenizer": {"vocab_size": 400, "dropout": 0.1}}, below=below)
+    assert config.tokenizer == TokenizerConfig(vocab_size=400, dropout=0.1)
+
+
+def test_every_token_is_counted_once():
+    with pytest.raises(UserError, match=r"tokenizer\.dropout=0\.1 has no effect .* than ngram"):
+        build_config({"model": {"kind": "ngram"}, "tokenizer": {"dropout": 0.1}})
+    noisy = TokenizerConfig(vocab_size=400, dropout=0.1, dropout_cuts=2)
+    assert noisy.without_dropout() == TokenizerConfig(vocab_size=400)
 
 
 @pytest.mark.parametrize(

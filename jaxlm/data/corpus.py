@@ -283,7 +283,7 @@ class _Preparation:
 
         key = cache_key(form.kind, facts)
         kept, held_out = cached(self.cache / key, opened, make, report)
-        cut = f", {cuts} cuts of each text" if dropout else ""
+        cut = f", each text to train on in pieces {cuts} times" if dropout else ""
         report(f"{origin.spec}: {form.summary(kept, held_out, how)}{cut}")
         return kept, held_out
 

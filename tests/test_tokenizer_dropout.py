@@ -44,7 +44,6 @@ def test_any_cut_is_the_same_text(tokenizer, text):
 def test_cuts_differ_by_seed_and_text_and_by_nothing_else(tokenizer):
     cuts = [tokenizer.with_dropout(0.3, seed).encode(TEXT) for seed in (0, 0, 1)]
     assert cuts[0] == cuts[1] != cuts[2]
-    # The second text is not cut as the first of another batch.
     one, two = tokenizer.with_dropout(0.3, 0).encode_batch([TEXT, TEXT])
     assert one == two == cuts[0]
 
@@ -68,11 +67,20 @@ def test_merges_are_left_out_at_the_rate_of_sentencepiece(tokenizer, processor):
     ],
 )
 def test_other_tokenizers_are_refused(changes):
-    options = {"model_type": "bpe", "add_dummy_prefix": False, "vocab_size": 32} | changes
-    options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False} | changes
+    as_learnt_here = {
+        "model_type": "bpe",
+        "add_dummy_prefix": False,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
     model = io.BytesIO()
-    train = sentencepiece.SentencePieceTrainer.train
-    train(sentence_iterator=iter([TEXT] * 20), model_writer=model, minloglevel=2, **options)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 20),
+        model_writer=model,
+        vocab_size=32,
+        minloglevel=2,
+        **as_learnt_here | changes,
+    )
     other = SentencePieceTokenizer(model.getvalue())
     with pytest.raises(UserError, match=r"dropout=0\.1 leaves out .* tokenizer\.model, is"):
         other.with_dropout(0.1, 0)

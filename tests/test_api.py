@@ -131,7 +131,7 @@ def test_checkpoints_that_cannot_be_averaged_are_one_sentence(trained_run, tmp_p
     run, foreign = tmp_path / "run", tmp_path / "foreign"
     shutil.copytree(trained_run, run)
     early = run / "checkpoints" / "step_00000030"
-    with pytest.raises(jaxlm.UserError, match="more than the 2 complete checkpoints"):
+    with pytest.raises(jaxlm.UserError, match="is more checkpoints than the 2 that"):
         jaxlm.load(run, average_last=3)
     with pytest.raises(jaxlm.UserError, match="up to step_00000030: use at most that"):
         jaxlm.load(early, average_last=2)

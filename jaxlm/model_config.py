@@ -154,7 +154,7 @@ class ModelConfig:
     """Divide that deviation by sqrt(2 num_layers) where a sub-layer ends (GPT-2)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type (parameters stay float32); auto: bfloat16 on GPU, float32 on CPU."""
-    attention: Literal["auto", "plain", "blocked", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "plain", "stored", "blocked", "xla", "cudnn"] = "auto"
     """Attention backend; auto picks the fastest that honours the mask, blocked for long rows."""
     stack: Literal["scan", "unroll"] = "scan"
     """Run layers by a scan (compiles quickly) or unrolled (runs faster)."""

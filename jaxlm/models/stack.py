@@ -112,9 +112,10 @@ def _run_layers(one: Callable, layers, x, rows, first, period: int, mode: str):
         x, sums = jax.lax.scan(one_period, x, (periods, first + jnp.arange(0, scanned, period)))
         parts.append(jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), sums))
     rest = []
-    for i in range(scanned, length):
-        x, new = one(i % period, _take(layers, i), x, rows, first + i)
-        rest.append(new)
+    if scanned < length:
+        for i, params in enumerate(_split(layers, scanned), scanned):
+            x, new = one(i % period, params, x, rows, first + i)
+            rest.append(new)
     if rest:
         parts.append(_stack(rest))
     return x, jax.tree.map(lambda *s: jnp.concatenate(s), *parts)
@@ -126,6 +127,16 @@ def _stack(trees: list):
 
 def _take(layers, index: int):
     return jax.tree.map(lambda p: p[index], layers)
+
+
+def _split(layers, first: int) -> list:
+    """The layers from `first` on, one tree each.
+
+    Split instead of taken one by one, because what a split does to gradients is one concatenation.
+    """
+    leaves, structure = jax.tree.flatten(layers)
+    rest = [jax.lax.split(p[first:], [1] * (len(p) - first)) for p in leaves]
+    return [structure.unflatten(p.squeeze(0) for p in layer) for layer in zip(*rest, strict=True)]
 
 
 def _length(layers) -> int:

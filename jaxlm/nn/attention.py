@@ -20,6 +20,7 @@ from jaxlm.nn.layers import (
 )
 from jaxlm.nn.packed import MOST_SEGMENTS, packed_attention
 from jaxlm.nn.positions import apply_rope
+from jaxlm.nn.stored import stored_attention
 from jaxlm.parallel.ring import AXIS as CONTEXT_AXIS
 from jaxlm.parallel.ring import ring_attention
 from jaxlm.sharding import constrain
@@ -75,10 +76,11 @@ def attention(
     its own and, with `window`, less than `window` before it. Heads are grouped: N is a multiple of
     K. `bias_bnts`, float32, is added to the scores (relative positions).
 
-    Backends: `plain` is the reference; `blocked` never holds the scores of whole rows; `xla` and
-    `cudnn` are `jax.nn.dot_product_attention`'s. `auto` takes cuDNN on an NVIDIA GPU where it
-    honours everything asked for, else `blocked` for long rows, else `plain`. Where the mesh in
-    force splits rows (`cp`), they are in `ring_order`, and blocks go round a ring.
+    Backends: `plain` is the reference; `stored` has a gradient of its own; `blocked` never holds
+    the scores of whole rows; `xla` and `cudnn` are `jax.nn.dot_product_attention`'s. `auto` takes
+    cuDNN on an NVIDIA GPU where it honours everything asked for, else `blocked` for long rows, else
+    `stored` on a CPU and `plain` elsewhere, or where no other does what is asked for. Where the
+    mesh in force splits rows (`cp`), they are in `ring_order`, and blocks go round a ring.
     Raises UserError where the named backend cannot do what it is asked to.
     """
     drops = dropout is not None and dropout_rate > 0
@@ -95,11 +97,15 @@ def attention(
     plain_scores = not softcap and not drops and bias_bnts is None
     fits_cudnn = plain_scores and _fits_cudnn(q_btnh, k_bskh, queries, keys, window)
     if backend == "auto":
-        fits_blocks = (among_themselves or not causal) and not drops and bias_bnts is None
-        backend = _fastest(q_btnh, k_bskh, fits_cudnn, fits_blocks)
-    _check_backend(backend, fits_cudnn, drops, bias_bnts is not None)
+        in_order = among_themselves or not causal
+        fits_blocks = in_order and not drops and bias_bnts is None
+        backend = _fastest(q_btnh, k_bskh, fits_cudnn, fits_blocks, in_order and plain_scores)
+    _check_backend(backend, fits_cudnn, drops, bias_bnts is not None, softcap is not None)
     if backend == "cudnn":
         return _cudnn(q_btnh, k_bskh, v_bskh, queries, scale, causal, window)
+    if backend == "stored":
+        options = {"scale": scale, "window": window, "causal": causal}
+        return stored_attention(q_btnh, k_bskh, v_bskh, queries=queries, keys=keys, **options)
     if backend == "blocked":
         options = {"scale": scale, "window": window, "softcap": softcap, "causal": causal}
         return flash_attention(q_btnh, k_bskh, v_bskh, queries=queries, keys=keys, **options)
@@ -165,7 +171,9 @@ def _check_ring(size: int, backend: str, drops: bool, biased: bool) -> None:
         )
 
 
-def _check_backend(backend: str, fits_cudnn: bool, drops: bool, biased: bool) -> None:
+def _check_backend(
+    backend: str, fits_cudnn: bool, drops: bool, biased: bool, capped: bool
+) -> None:
     if backend == "cudnn" and not fits_cudnn:
         raise UserError(
             "model.attention=cudnn only does bfloat16 attention of rows to themselves, with up to "
@@ -173,25 +181,33 @@ def _check_backend(backend: str, fits_cudnn: bool, drops: bool, biased: bool) ->
             "this call has more, or a source, a cache, dropout, relative positions or float32: use "
             "model.attention=auto"
         )
-    if backend == "blocked" and biased:
+    if backend in ("blocked", "stored") and biased:
         raise UserError(
-            "model.attention=blocked has no place for the biases of model.positions=relative: use "
-            "model.attention=auto"
+            f"model.attention={backend} has no place for the biases of model.positions=relative: "
+            "use model.attention=auto"
         )
-    if backend == "blocked" and drops:
+    if backend in ("blocked", "stored") and drops:
         raise UserError(
-            "model.attention=blocked never holds the probabilities of a whole row, which "
-            "model.attention_dropout needs: use model.attention=auto"
+            f"model.attention={backend} never holds the probabilities that model.attention_dropout "
+            "needs: use model.attention=auto"
+        )
+    if backend == "stored" and capped:
+        raise UserError(
+            "model.attention=stored does not support attention_softcap: use model.attention=auto"
         )
 
 
-def _fastest(q_btnh, k_bskh, fits_cudnn: bool, fits_blocks: bool) -> str:
+def _fastest(q_btnh, k_bskh, fits_cudnn: bool, fits_blocks: bool, fits_stored: bool) -> str:
     """What `auto` stands for."""
     small_heads = q_btnh.shape[-1] <= 128 and q_btnh.shape[-1] % 8 == 0
     if fits_cudnn and small_heads and jax.default_backend() == "gpu":
         return "cudnn"
-    is_long = q_btnh.shape[1] * k_bskh.shape[1] > MANY_SCORES
-    return "blocked" if fits_blocks and is_long else "plain"
+    lengths = q_btnh.shape[1], k_bskh.shape[1]
+    if fits_blocks and lengths[0] * lengths[1] > MANY_SCORES:
+        return "blocked"
+    # A length may be a symbol, of which blocks cannot be cut.
+    known = all(isinstance(n, int) for n in lengths) and lengths[0] != 1
+    return "stored" if fits_stored and known and jax.default_backend() == "cpu" else "plain"
 
 
 def _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, bias_bnts, dropout, dropout_rate):

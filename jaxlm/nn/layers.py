@@ -1,6 +1,7 @@
 """The small modules: projections, normalisation, embeddings, dropout."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -59,10 +60,37 @@ class Dense(nn.Module):
         return y
 
     def _multiply(self, x, kernel, num_in: int):
-        contract = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
-        return jax.lax.dot_general(
-            x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
-        )
+        return multiply(num_in, x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def multiply(num_in: int, x, kernel):
+    """`x` [*rows, *in] times `kernel` [*in, *out], where `in` is `num_in` dimensions.
+
+    Its gradients are JAX's own, but the kernel's has x for its left factor. On a CPU, where the
+    left one is copied in another order, JAX's has that happen to the slope, together with all that
+    makes the slope: a feed-forward then takes half as long again.
+    """
+    rows = x.ndim - num_in
+    return _contract(x, kernel, range(rows, x.ndim), range(num_in))
+
+
+def _multiply_forward(num_in: int, x, kernel):
+    return multiply(num_in, x, kernel), (x, kernel)
+
+
+def _multiply_backward(num_in: int, saved, slope):
+    x, kernel = saved
+    rows = x.ndim - num_in
+    in_x = _contract(slope, kernel, range(rows, slope.ndim), range(num_in, kernel.ndim))
+    return in_x, _contract(x, slope, range(rows), range(rows))
+
+
+multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _contract(x, y, dims_x: range, dims_y: range):
+    return jax.lax.dot_general(x, y, ((tuple(dims_x), tuple(dims_y)), ((), ())))
 
 
 class Norm(nn.Module):

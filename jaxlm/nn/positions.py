@@ -38,9 +38,14 @@ def apply_rope(x_btnh, angles_bth):
     In float32, returned as `x`.
     """
     half = angles_bth.shape[-1]
-    first, second, rest = jnp.split(x_btnh.astype(jnp.float32), (half, 2 * half), axis=-1)
-    cos, sin = jnp.cos(angles_bth)[:, :, None, :], jnp.sin(angles_bth)[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)
+    turned, rest = jnp.split(x_btnh.astype(jnp.float32), (2 * half,), axis=-1)
+    cos, sin = jnp.cos(angles_bth)[:, :, None, None, :], jnp.sin(angles_bth)[:, :, None, None, :]
+    pairs = turned.reshape(*turned.shape[:-1], 2, half)
+    # Reversed instead of concatenated from its halves: a CPU takes a third of the time for it.
+    pairs = pairs * cos + pairs[..., ::-1, :] * jnp.concatenate([-sin, sin], -2)
+    turned = pairs.reshape(turned.shape)
+    if rest.shape[-1]:
+        turned = jnp.concatenate([turned, rest], -1)
     return turned.astype(x_btnh.dtype)
 
 

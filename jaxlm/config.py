@@ -101,8 +101,9 @@ class TrainConfig:
     """Updates in all."""
     batch_size: Count = 8
     """Global rows per update, whatever the mesh."""
-    accumulation: Count = 1
-    """Micro-batches an update is computed in; the update is that of the whole batch."""
+    accumulation: Count | None = None
+    """Micro-batches an update is computed in; the update is that of the whole batch. null: one, or
+    on CPUs so many that each has about 512 tokens, which caches hold."""
     z_loss: NonNegative = 0.0
     """Weight of log(Z)^2 in the loss (PaLM: 1e-4)."""
     label_smoothing: Fraction = 0.0
@@ -128,7 +129,7 @@ class TrainConfig:
     """Updates in a row skipped for a non-finite loss or gradient before the run stops."""
 
     def __post_init__(self):
-        if self.batch_size % self.accumulation:
+        if self.batch_size % (self.accumulation or 1):
             raise UserError(
                 f"train.batch_size={self.batch_size} is not a multiple of train.accumulation="
                 f"{self.accumulation}: use an accumulation of "

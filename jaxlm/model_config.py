@@ -257,7 +257,7 @@ class ModelConfig:
                 "give the number of tokens they see"
             )
         unsupported = self.attention_softcap or self.attention_dropout
-        if self.attention in ("xla", "cudnn") and unsupported:
+        if self.attention in ("xla", "cudnn", "stored") and unsupported:
             raise UserError(
                 f"model.attention={self.attention} supports neither attention_softcap nor "
                 "attention_dropout: use model.attention=auto"
@@ -267,7 +267,7 @@ class ModelConfig:
                 "model.attention=blocked does not support attention_dropout: use "
                 "model.attention=auto"
             )
-        if self.attention in ("blocked", "cudnn") and self.positions == "relative":
+        if self.attention in ("blocked", "stored", "cudnn") and self.positions == "relative":
             raise UserError(
                 f"model.attention={self.attention} has no place for the biases of "
                 "model.positions=relative: use model.attention=auto"

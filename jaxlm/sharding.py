@@ -269,16 +269,17 @@ def _training_misfit(config: Config, sizes: dict[str, int]) -> str | None:
             "leave capacity out"
         )
     shards = sizes["dp"] * sizes["fsdp"] * sizes["ep"]
-    rows = config.train.batch_size // config.train.accumulation // shards
+    rows = config.train.batch_size // (config.train.accumulation or 1) // shards
     return _rows_misfit(config, shards) or (_pipeline_misfit(config, pp, rows) if pp > 1 else None)
 
 
 def _rows_misfit(config: Config, shards: int) -> str | None:
     train = config.train
-    rows = train.batch_size // train.accumulation
+    count = train.accumulation or 1
+    rows = train.batch_size // count
     if rows % shards:
         return (
-            f"train.batch_size={train.batch_size} with train.accumulation={train.accumulation} "
+            f"train.batch_size={train.batch_size} with train.accumulation={count} "
             f"makes micro-batches of {rows} rows, which do not divide over dp x fsdp x ep = "
             f"{shards}: use a multiple of {shards} rows"
         )

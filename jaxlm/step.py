@@ -31,6 +31,10 @@ from jaxlm.tasks.batch import Batch, batch_loss
 from jaxlm.tasks.labels import LabelSums, label_sums
 from jaxlm.xla import compiler_options
 
+# Of a micro-batch on one CPU device. With 512 and with 1,024 a model of 14M parameters takes five
+# sixths of the time that it takes with 2,048.
+CACHED_TOKENS = 512
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,16 @@ def init_state(params, optimizer, config: Config) -> TrainState:
     return TrainState(zero, params, optimizer.init(params), ema, zero, zero)
 
 
-def train_step(state: TrainState, batch: Batch, *, model, optimizer, schedule, config: Config):
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model,
+    optimizer,
+    schedule,
+    config: Config,
+    micro_batches: int,
+):
     """One update of the whole batch; returns (state, metrics), every metric a scalar.
 
     The loss is a mean over the targets of the global batch, however it is split. A non-finite
@@ -77,7 +90,7 @@ def train_step(state: TrainState, batch: Batch, *, model, optimizer, schedule, c
         return total / targets + moe.auxiliary_loss(config.model, routed, tokens), (sums, routed)
 
     gradients, (sums, routed) = accumulate(
-        jax.grad(loss_fn, has_aux=True), state.params, batch, train.accumulation
+        jax.grad(loss_fn, has_aux=True), state.params, batch, micro_batches
     )
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -190,9 +203,27 @@ class Program:
         return place(batch, batch_sharding(self.mesh), rows, count)
 
 
+def micro_batches(config: Config, mesh: Mesh) -> int:
+    """In how many parts an update is computed on a mesh.
+
+    Left open, it is one, but on CPUs a Transformer takes few tokens at a time: what a layer writes
+    is then still in the cache when the next reads it, and a step needs less memory, which Linux
+    gives anew, page by page, to each. Not with parameters split over devices, who would gather them
+    for each part.
+    """
+    if config.train.accumulation is not None:
+        return config.train.accumulation
+    whole = mesh.shape["fsdp"] == mesh.shape["ep"] == mesh.shape["pp"] == 1
+    if not whole or config.model.is_recurrent or mesh.devices.flat[0].platform != "cpu":
+        return 1
+    rows = config.train.batch_size // batch_shards(mesh)
+    fewest = -(-CACHED_TOKENS // config.tokens_per_row)
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or rows // n >= fewest))
+
+
 def build_model(config: Config, mesh: Mesh):
     """The model as it is trained on a mesh: with its pipeline."""
-    rows = config.train.batch_size // config.train.accumulation // batch_shards(mesh)
+    rows = config.train.batch_size // micro_batches(config, mesh) // batch_shards(mesh)
     parallel = config.parallel
     schedule = make_schedule(mesh.shape["pp"], parallel.rounds, parallel.microbatches, rows)
     return make_model(config.model, schedule)
@@ -267,6 +298,7 @@ def build_program(model, make_optimizer: Callable, schedule: Callable, config: C
             optimizer=plan.optimizer,
             schedule=schedule,
             config=config,
+            micro_batches=micro_batches(config, mesh),
         )
         return layout.pad(state), metrics
 

@@ -32,7 +32,7 @@ from jaxlm.processes import Group, find_launch, hush_gloo, joined
 from jaxlm.profiling import Profile
 from jaxlm.run_folder import claimed, with_found
 from jaxlm.sharding import check_fits
-from jaxlm.step import TrainState, build_model, build_program
+from jaxlm.step import TrainState, build_model, build_program, micro_batches
 from jaxlm.tasks.batch import Batch
 from jaxlm.tasks.build import make_form
 from jaxlm.validation import VALIDATIONS
@@ -245,7 +245,7 @@ class Trainer:
     def _hidden_bytes(self, mesh: jax.sharding.Mesh) -> int:
         """Bytes of a micro-batch's hidden states on one device of a pipeline."""
         parts = batch_shards(mesh) * mesh.shape["cp"] * mesh.shape["tp"]
-        tokens = self._tokens_per_step // self.config.train.accumulation
+        tokens = self._tokens_per_step // micro_batches(self.config, mesh)
         micro = tokens // self.model.schedule.microbatches // parts
         return micro * self.config.model.d_model * self.model.dtype.itemsize
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def softcapped_attention(q, k, v, mask, scale, cap):
     return out
 
 
-@pytest.mark.parametrize("backend", ["plain", "xla", "blocked"])
+@pytest.mark.parametrize("backend", ["plain", "xla", "blocked", "stored"])
 @pytest.mark.parametrize("window", [None, 3], ids=["full", "window"])
 @pytest.mark.parametrize("places", [WHOLE, PACKED], ids=["whole", "packed"])
 def test_values_and_gradients_are_those_of_pytorch(places, window, backend):
@@ -97,7 +98,7 @@ OTHERS = Places(
 )
 
 
-@pytest.mark.parametrize("backend", ["plain", "xla", "blocked"])
+@pytest.mark.parametrize("backend", ["plain", "xla", "blocked", "stored"])
 @pytest.mark.parametrize("keys", [WHOLE, PACKED, OTHERS], ids=["whole", "packed", "source"])
 def test_without_causality_a_query_sees_its_whole_segment(keys, backend):
     queries = WHOLE if keys is WHOLE else PACKED
@@ -121,6 +122,38 @@ def test_without_causality_a_query_sees_its_whole_segment(keys, backend):
     np.testing.assert_allclose(ours, theirs.detach(), atol=2e-6)
     for gradient, leaf in zip(gradients, leaves, strict=True):
         np.testing.assert_allclose(gradient, leaf.grad, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 70], ids=["full", "window"])
+@pytest.mark.parametrize("lengths", [(150,), (60, 1, 89)], ids=["whole", "packed"])
+def test_blocks_of_queries_leave_out_only_what_is_masked(lengths, window):
+    """Three blocks of them, the last a short one; before it, and with a window, keys are cut."""
+    length = sum(lengths)
+    draw = np.random.default_rng(5).normal
+    heads = HEADS, KV_HEADS, KV_HEADS
+    arrays = [draw(size=(BATCH, length, n, HEAD_DIM)).astype(np.float32) for n in heads]
+    positions, segments = (
+        jnp.broadcast_to(jnp.concatenate(parts), (BATCH, length))
+        for parts in (
+            [jnp.arange(n) for n in lengths],
+            [jnp.full(n, i + 1) for i, n in enumerate(lengths)],
+        )
+    )
+    places = Places(positions, segments)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(backend, arrays):
+        def loss(arrays):
+            options = {"queries": places, "keys": places, "window": window}
+            out = attention(*arrays, scale=0.7, backend=backend, **options)
+            return jnp.square(out).sum(), out
+
+        return jax.grad(loss, has_aux=True)(arrays)
+
+    for ours, plain in zip(
+        *(jax.tree.leaves(gradients(b, arrays)) for b in ("stored", "plain")), strict=True
+    ):
+        np.testing.assert_allclose(ours, plain, atol=2e-5)
 
 
 def test_blocks_that_do_not_divide_rows_hide_no_key_and_show_no_padding():
@@ -187,7 +220,7 @@ def test_any_segments_and_positions(data):
     np.testing.assert_allclose(packed_attention(*arrays, places), theirs, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", ["plain", "blocked"])
+@pytest.mark.parametrize("backend", ["plain", "blocked", "stored"])
 def test_keys_may_stand_elsewhere_than_queries(backend):
     """As in decoding: the last two queries against all keys."""
     q, k, v = inputs()
@@ -253,10 +286,12 @@ def test_auto_takes_blocks_for_long_rows_without_cache_and_dropout():
     drop = Dropout(jax.random.key(0), jnp.zeros((1, 1025), jnp.int32))
     scores = "1025x1025xf32"
     assert scores not in lowered(1025)
-    assert "1024x1024xf32" in lowered(1024)
+    # Three heads of a group times a fourth of the row, by the keys before their end.
+    assert "768x1024xf32" in lowered(1024)
+    assert "1024x1024xf32" in lowered(1024, backend="plain")
     assert scores in lowered(1025, cached=True)
     assert scores in lowered(1025, dropout=drop, dropout_rate=0.1)
-    assert "1024x1024xf32" not in lowered(1024, backend="blocked")
+    assert "768x1024xf32" not in lowered(1024, backend="blocked")
 
 
 def test_a_mesh_that_splits_rows_makes_a_ring():
@@ -272,20 +307,24 @@ def test_a_mesh_that_splits_rows_makes_a_ring():
 def test_what_needs_whole_rows_is_refused_where_there_are_none():
     drop = Dropout(jax.random.key(0), jnp.zeros((1, 16), jnp.int32))
     mesh = make_mesh((2, 4), ("dp", "cp"))
-    for backend in ("plain", "xla", "cudnn"):
+    for backend in ("plain", "stored", "xla", "cudnn"):
         with pytest.raises(UserError, match=f"attention={backend} needs whole rows.*cp=4"):
             lowered(16, mesh=mesh, backend=backend)
     with pytest.raises(UserError, match=r"attention_dropout needs the probabilities.*cp=4"):
         lowered(16, mesh=mesh, dropout=drop, dropout_rate=0.1)
-    with pytest.raises(UserError, match="attention=blocked never holds"):
-        lowered(16, backend="blocked", dropout=drop, dropout_rate=0.1)
+    for backend in ("blocked", "stored"):
+        with pytest.raises(UserError, match=f"attention={backend} never holds"):
+            lowered(16, backend=backend, dropout=drop, dropout_rate=0.1)
+    with pytest.raises(UserError, match="attention=stored does not support attention_softcap"):
+        lowered(16, backend="stored", softcap=5.0)
     lowered(16, mesh=mesh, dropout=drop, dropout_rate=0.0)
 
 
 def test_biases_are_refused_where_whole_rows_have_no_scores():
     bias = jnp.zeros((1, HEADS, 16, 16))
-    with pytest.raises(UserError, match="attention=blocked has no place for the biases"):
-        lowered(16, backend="blocked", bias_bnts=bias)
+    for backend in ("blocked", "stored"):
+        with pytest.raises(UserError, match=f"attention={backend} has no place for the biases"):
+            lowered(16, backend=backend, bias_bnts=bias)
     with pytest.raises(UserError, match=r"positions=relative needs the scores.*cp=4"):
         lowered(16, mesh=make_mesh((2, 4), ("dp", "cp")), bias_bnts=bias)
     # Scores of any length are plain's then.

@@ -106,6 +106,7 @@ IMPOSSIBLE = [
     ({"model": {"layer_pattern": ["local"]}}, ["model.sliding_window is not set"]),
     ({"model": {"attention": "cudnn", "attention_dropout": 0.1}}, ["cudnn", "attention=auto"]),
     ({"model": {"attention": "xla", "attention_softcap": 5.0}}, ["xla", "attention=auto"]),
+    ({"model": {"attention": "stored", "attention_softcap": 5.0}}, ["stored", "attention=auto"]),
     (
         {"model": {"rope_scaling": {"kind": "llama3", "high_freq_factor": 1.0}}},
         ["high_freq_factor=1.0", "low_freq_factor=1.0"],

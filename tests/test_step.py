@@ -10,11 +10,13 @@ import optax
 import pytest
 from tiny import exact, make_program, random_batch, tiny_config
 
+from jaxlm.cli import build_config
 from jaxlm.config import OptimConfig
+from jaxlm.mesh import make_mesh
 from jaxlm.models.decoder import Decoder
 from jaxlm.optim import make_optimizer
 from jaxlm.sharding import split_boxes
-from jaxlm.step import Program, accumulate, eval_step, train_step
+from jaxlm.step import Program, accumulate, eval_step, micro_batches, train_step
 from jaxlm.tasks.batch import batch_loss
 
 SMALL = {"d_model": 16, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24, "num_layers": 1}
@@ -62,6 +64,28 @@ def test_accumulation_is_the_update_of_the_whole_batch(accumulation, mesh):
         jax.tree.leaves(gradients), jax.tree.leaves(wanted_gradients), strict=True
     ):
         assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "parts"),
+    [
+        ("dp1", {}, 6),
+        ("dp2", {}, 3),
+        ("tp2", {}, 6),
+        # Nothing is gathered again for every part, and no chain of steps is made longer.
+        ("fsdp2", {}, 1),
+        ("pp2", {}, 1),
+        ("dp1", {"model": {"kind": "lstm"}}, 1),
+        ("dp1", {"train": {"batch_size": 12, "accumulation": 2}}, 2),
+        # Whole rows, and as few of them as have 512 tokens.
+        ("dp1", {"train": {"batch_size": 7}}, 1),
+        ("dp1", {"model": {"max_seq_len": 1024}, "data": {"seq_len": 1024}}, 12),
+    ],
+)
+def test_on_cpus_few_tokens_are_taken_at_a_time(mesh, changes, parts):
+    settings = {"train": {"batch_size": 12}, "data": {"seq_len": 256}, "mesh": mesh}
+    config = build_config(settings | changes)
+    assert micro_batches(config, make_mesh(mesh)) == parts
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -117,6 +141,7 @@ def test_a_gradient_that_is_not_finite_is_enough(adamw):
         optimizer=optax.identity(),
         schedule=lambda step: 0.1,
         config=config,
+        micro_batches=1,
     )
     state = dataclasses.replace(program.init(), opt_state=optax.EmptyState())
     new, metrics = jax.jit(step)(state, random_batch(config))

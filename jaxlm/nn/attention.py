@@ -103,12 +103,11 @@ def attention(
     _check_backend(backend, fits_cudnn, drops, bias_bnts is not None, softcap is not None)
     if backend == "cudnn":
         return _cudnn(q_btnh, k_bskh, v_bskh, queries, scale, causal, window)
+    options = {"queries": queries, "keys": keys, "scale": scale, "window": window, "causal": causal}
     if backend == "stored":
-        options = {"scale": scale, "window": window, "causal": causal}
-        return stored_attention(q_btnh, k_bskh, v_bskh, queries=queries, keys=keys, **options)
+        return stored_attention(q_btnh, k_bskh, v_bskh, **options)
     if backend == "blocked":
-        options = {"scale": scale, "window": window, "softcap": softcap, "causal": causal}
-        return flash_attention(q_btnh, k_bskh, v_bskh, queries=queries, keys=keys, **options)
+        return flash_attention(q_btnh, k_bskh, v_bskh, softcap=softcap, **options)
     mask_bts = visible(queries, keys, window, causal)
     if backend == "xla":
         options = {"scale": scale, "mask": mask_bts[:, None], "bias": bias_bnts}
@@ -171,9 +170,7 @@ def _check_ring(size: int, backend: str, drops: bool, biased: bool) -> None:
         )
 
 
-def _check_backend(
-    backend: str, fits_cudnn: bool, drops: bool, biased: bool, capped: bool
-) -> None:
+def _check_backend(backend: str, fits_cudnn: bool, drops: bool, biased: bool, capped: bool) -> None:
     if backend == "cudnn" and not fits_cudnn:
         raise UserError(
             "model.attention=cudnn only does bfloat16 attention of rows to themselves, with up to "

@@ -155,7 +155,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type (parameters stay float32); auto: bfloat16 on GPU, float32 on CPU."""
     attention: Literal["auto", "plain", "stored", "blocked", "xla", "cudnn"] = "auto"
-    """Attention backend; auto picks the fastest that honours the mask, blocked for long rows."""
+    """Attention backend; auto picks the fastest that can do what is asked for."""
     stack: Literal["scan", "unroll"] = "scan"
     """Run layers by a scan (compiles quickly) or unrolled (runs faster)."""
     remat: Literal["none", "dots", "full"] = "none"

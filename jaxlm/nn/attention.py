@@ -78,10 +78,9 @@ def attention(
 
     Backends: `plain` is the reference; `stored` has a gradient of its own; `blocked` never holds
     the scores of whole rows; `xla` and `cudnn` are `jax.nn.dot_product_attention`'s. `auto` takes
-    the first that can do it of cuDNN, on an NVIDIA GPU, `blocked`, for long rows, `stored`, on a
-    CPU, and `plain`. Where the mesh in force splits rows (`cp`), they are in `ring_order`, and
-    blocks go round a ring.
-    Raises UserError where the named backend cannot do what it is asked to.
+    the first that can do it of `cudnn` (on NVIDIA), `blocked` (for long rows), `stored` (on CPUs),
+    `plain`. Where the mesh in force splits rows (`cp`), they are in `ring_order`, and blocks go
+    round a ring. Raises UserError where the named backend cannot do what it is asked to.
     """
     drops = dropout is not None and dropout_rate > 0
     among_themselves = queries is keys
@@ -103,11 +102,11 @@ def attention(
     _check_backend(backend, fits_cudnn, drops, bias_bnts is not None, softcap is not None)
     if backend == "cudnn":
         return _cudnn(q_btnh, k_bskh, v_bskh, queries, scale, causal, window)
-    if backend in ("stored", "blocked"):
-        options = {"queries": queries, "keys": keys, "window": window, "causal": causal}
-        if backend == "stored":
-            return stored_attention(q_btnh, k_bskh, v_bskh, scale=scale, **options)
-        return flash_attention(q_btnh, k_bskh, v_bskh, scale=scale, softcap=softcap, **options)
+    rule = {"queries": queries, "keys": keys, "window": window, "causal": causal, "scale": scale}
+    if backend == "stored":
+        return stored_attention(q_btnh, k_bskh, v_bskh, **rule)
+    if backend == "blocked":
+        return flash_attention(q_btnh, k_bskh, v_bskh, softcap=softcap, **rule)
     mask_bts = visible(queries, keys, window, causal)
     if backend == "xla":
         options = {"scale": scale, "mask": mask_bts[:, None], "bias": bias_bnts}

@@ -177,7 +177,9 @@ def build_config(
         # As JSON: pydantic's strict mode takes mappings for dataclasses only there.
         return TypeAdapter(Config).validate_json(json.dumps(merged, default=str))
     except ValidationError as error:
-        raise UserError(_sentence(error.errors()[0], where if not overrides else "")) from None
+        sentence = _sentence(error.errors()[0])
+        is_in_line = any(key in sentence for key in _given(overrides))
+        raise UserError(sentence if is_in_line else sentence + where) from None
 
 
 def read_config(path: Path) -> Config:
@@ -305,27 +307,35 @@ def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> str:
     return f"unknown option {name!r}{_nearest_key(name.lstrip('-'), options, '--')}"
 
 
-def _sentence(error: dict, where: str) -> str:
+def _given(layer: dict, prefix: str = "") -> Iterator[str]:
+    """The full names of the keys that a layer sets."""
+    for key, value in layer.items():
+        if isinstance(value, dict):
+            yield from _given(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _sentence(error: dict) -> str:
     """One of pydantic's errors as one sentence."""
     original = error.get("ctx", {}).get("error")
     if isinstance(original, UserError):
-        return str(original) + where
+        return str(original)
     path = [str(part) for part in error["loc"]]
     keys = [key for key, _ in _leaves(Config)]
     sections = sorted({k.rpartition(".")[0] for k in keys} - {""})
     key, value = ".".join(path), error["input"]
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key {key!r}{_nearest_key(key, keys + sections)}{where}"
+        return f"unknown key {key!r}{_nearest_key(key, keys + sections)}"
     key = key if key in keys else max((k for k in keys if key.startswith(k)), key=len, default=key)
     if error["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         return (
             f"{key}={show(value)} is not one of {', '.join(choices)}"
             f"{nearest(str(value).lower(), choices)}"
-            f"{where}"
         )
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{key}={show(value)} is wrong: it should be {wanted}{where}"
+    return f"{key}={show(value)} is wrong: it should be {wanted}"
 
 
 def _names_tokenizer(settings: object) -> bool:

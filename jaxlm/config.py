@@ -121,8 +121,9 @@ class TrainConfig:
     eval_texts: Natural = 64
     """translation: texts of each validation source that are translated, greedily, for BLEU and
     chrF; 0: none."""
-    sample_prompt: str = "def "
-    """Prompt of the sample shown at each validation; empty: no sample."""
+    sample_prompt: str | None = None
+    """Prompt of the sample shown at each validation; null: how the validation text begins; empty:
+    no sample."""
     sample_tokens: Count = 48
     """Tokens in that sample."""
     max_nonfinite: Count = 10

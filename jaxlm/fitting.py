@@ -1,5 +1,6 @@
 """A run that counts and has no gradients: the N-gram model's way through the train command."""
 
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxlm.processes import Group
 from jaxlm.run_folder import claimed, with_found
 from jaxlm.tasks.language_modelling import compressed_bits, loss_metrics
 from jaxlm.texts import generate
+from jaxlm.validation import OPENING
 
 STEP = 1  # the one update there is
 
@@ -74,14 +76,24 @@ def _fit(config: Config, prepared: Prepared, run: Path, say: Callable[[str], Non
         f"bits/byte on {len(text):,} bytes of validation text: model "
         f"{metrics['valid_bits_per_byte']:.3f}, {others}"
     )
-    prompt = config.train.sample_prompt
-    say(f"done: saved in {run}; try python -m jaxlm.sample {run} --prompt={prompt!r}")
+    prompt = _prompt(config, prepared).strip() or "The"
+    say(
+        f"done: saved in {run}; try python -m jaxlm.sample {run} "
+        f"--prompt={shlex.quote(prompt.splitlines()[0])}"
+    )
+
+
+def _prompt(config: Config, prepared: Prepared) -> str:
+    """The config's prompt of the sample or, left open, how the validation text begins."""
+    if config.train.sample_prompt is not None:
+        return config.train.sample_prompt
+    return prepared.tokenizer.decode(prepared.valid[0].tokens[:OPENING].tolist())
 
 
 def _sample(
     config: Config, prepared: Prepared, ngram: Ngram, run: Path, say: Callable[[str], None]
 ) -> None:
-    prompt = config.train.sample_prompt
+    prompt = _prompt(config, prepared)
     if not prompt:
         return
     tokenizer = prepared.tokenizer

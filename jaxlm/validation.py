@@ -1,5 +1,6 @@
 """What a run says of itself now and then: metrics of held-out text, a sample, a yardstick."""
 
+import shlex
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,7 @@ from jaxlm.errors import UserError
 from jaxlm.inputs import Inputs
 from jaxlm.processes import Group
 from jaxlm.step import Program, build_model
+from jaxlm.tasks.batch import Batch
 from jaxlm.tasks.labels import confusion_table, label_metrics
 from jaxlm.tasks.language_modelling import compressed_bits, loss_metrics
 from jaxlm.tasks.metrics import translation_metrics
@@ -20,6 +22,7 @@ from jaxlm.tasks.translation import reference_pairs
 
 GREEDY = Sampling(temperature=0.0)
 TEXTS_AT_ONCE = 64
+OPENING = 9  # tokens of a text, with the one that begins it
 
 
 class Validation:
@@ -46,9 +49,7 @@ class Validation:
     @property
     def question(self) -> str:
         """What to ask the trained model by `python -m jaxlm.sample`."""
-        if self._config.task == "instruction":
-            return "--chat"
-        return f"--prompt={self._config.train.sample_prompt or 'The '!r}"
+        raise NotImplementedError
 
     def closing(self) -> str | None:
         """A line for the end of the run: what the last metrics can be compared with."""
@@ -73,6 +74,13 @@ class TextValidation(Validation):
         self._decoder = build_decode_program(build_model(config, program.mesh), program.mesh)
         self._prompt = self._sample_prompt()
         self._bits_per_byte = 0.0
+
+    @property
+    def question(self):
+        if self._config.task == "instruction":
+            return "--chat"
+        prompt = self._tokenizer.decode(self._prompt or []).strip() or "The"
+        return f"--prompt={shlex.quote(prompt.splitlines()[0])}"
 
     def run(self, params, moved):
         num_bytes, lengths = 0, self._tokenizer.byte_lengths
@@ -123,8 +131,11 @@ class TextValidation(Validation):
 
     def _sample_prompt(self) -> list[int] | None:
         text = self._config.train.sample_prompt
-        if not text:
+        if text == "":
             return None
+        if text is None:
+            tokens = opening(next(iter(self._inputs.validation(whole=True))))
+            return tokens if len(tokens) < self._config.model.max_seq_len else None
         if self._config.task == "instruction":
             tokens = encode_prompt(self._tokenizer, [Message("user", text)])
         else:
@@ -135,6 +146,16 @@ class TextValidation(Validation):
                 f"model.max_seq_len={self._config.model.max_seq_len}: shorten it"
             )
         return tokens
+
+
+def opening(batch: Batch) -> list[int]:
+    """How a batch's first text begins: what is before its first target or, of a text whose every
+    token is one, a few tokens.
+    """
+    targets = batch.weights[0] > 0
+    asked = int(np.argmax(targets))
+    own = int(np.sum(batch.segment_ids[0] == batch.segment_ids[0, 0]))
+    return batch.tokens[0, : asked + 1 if asked else min(OPENING, own)].tolist()
 
 
 class TranslationValidation(Validation):

@@ -207,6 +207,14 @@ def test_a_missing_file_names_the_nearest(yaml_file):
     assert "cannot be read" in refused(f"--config={path.parent}")
 
 
+def test_what_is_wrong_in_a_file_is_said_to_be_there(yaml_file):
+    path = yaml_file("model:\n  dropout: -1\n")
+    wrong = "model.dropout=-1 is wrong: it should be at least 0 and less than 1"
+    assert refused(f"--config={path}") == f"{wrong} (in {path})"
+    assert refused(f"--config={path}", "--seed=3") == f"{wrong} (in {path})"
+    assert refused(f"--config={path}", "--model.dropout=2").endswith("less than 1")
+
+
 def test_an_empty_file_is_the_defaults(yaml_file):
     assert read_config(yaml_file("")) == Config()
 

@@ -76,7 +76,7 @@ WRONG_VALUES = [
     ({"train": {"steps": True}}, ["train.steps=true", "integer"]),
     ({"train": {"steps": None}}, ["train.steps=null", "integer"]),
     ({"model": {"norm_bias": 1}}, ["model.norm_bias=1", "boolean"]),
-    ({"model": {"dropout": 1.0}}, ["model.dropout=1.0", "less than 1"]),
+    ({"model": {"dropout": 1.0}}, ["model.dropout=1.0", "at least 0 and less than 1"]),
     ({"model": {"norm": "rmsnrom"}}, ["rmsnrom", "rmsnorm, layernorm", "did you mean 'rmsnorm'"]),
     ({"model": {"layer_pattern": ["locl"]}}, ["locl", "did you mean 'local'"]),
     ({"model": {"layer_pattern": []}}, ["model.layer_pattern", "at least 1"]),

@@ -1,6 +1,7 @@
 """The training command, in one process: what it writes, and what it refuses."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from jaxlm.cli import read_config
 from jaxlm.errors import NonFiniteError, UserError
 from jaxlm.monitor import read_metrics
 from jaxlm.processes import Group
+from jaxlm.tasks.batch import Batch
+from jaxlm.validation import opening
 
 
 @pytest.fixture
@@ -44,6 +47,29 @@ def test_the_run_folder_holds_what_is_promised(trained_run):
     assert any((trained_run / "tensorboard").iterdir())
     config = read_config(trained_run / "config.yaml")
     assert config.model.vocab_size == 320 and config.train.steps == 60
+
+
+def opening_row(weights, segments):
+    tokens = np.arange(12, dtype=np.int32)[None]
+    row = np.array([weights], np.float32), np.array([segments], np.int32)
+    return opening(Batch(tokens, tokens + 1, *row, positions=tokens))
+
+
+def test_a_sample_begins_as_the_text_does_whose_continuation_is_known():
+    everything = [1] * 12
+    assert opening_row(everything, [1] * 12) == [*range(9)]
+    assert opening_row(everything, [1] * 4 + [2] * 8) == [*range(4)]
+    # A question of five tokens, and its answer.
+    assert opening_row([0] * 4 + [1] * 8, [1] * 12) == [*range(5)]
+
+
+def test_without_a_prompt_of_ones_own_the_sample_begins_as_the_validation_text(arguments, capsys):
+    given = [a for a in arguments(train__steps=2) if not a.startswith("--train.sample_prompt")]
+    assert train.main(given) == 0
+    said = capsys.readouterr().out
+    sample = re.search(r"sample: '(.*)'\n", said)[1]
+    prompt = re.search(r"--prompt='?([^'\n]*)'?\n", said)[1]
+    assert len(prompt) > 1 and prompt in sample
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text(trained_run, corpus):

@@ -149,6 +149,21 @@ def test_stacks_run_alike(stack, remat):
     jax.tree.map(assert_close, outcome(stack, remat), outcome("unroll", "none"))
 
 
+def products(remat: str) -> int:
+    """How many a training step of two layers multiplies."""
+    config = tiny(stack="unroll", remat=remat, attention="plain")
+    params, tokens = params_of(config), tokens_of(31, (2, 8))
+    loss = lambda params: jnp.square(run(config, params, tokens)).mean()  # noqa: E731
+    return jax.jit(jax.grad(loss)).lower(params).as_text().count("stablehlo.dot_general")
+
+
+def test_rematerialising_all_but_projections_multiplies_attention_alone_again():
+    once = products("none")
+    assert products("dots") == once + 2 * 2
+    # Queries, keys, values, output, gate and up; what comes last in a layer is not read again.
+    assert products("full") == once + 2 * (2 + 6)
+
+
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_a_packed_document_reads_like_the_document_alone(positions):
     config = tiny(positions=positions, layer_pattern=("local", "global"), sliding_window=3)

@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxlm.nn.layers import PRODUCT
 from jaxlm.parallel.pipeline import Schedule, run_pipeline
 
 # What the backward pass may keep instead of recomputing.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

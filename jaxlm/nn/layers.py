@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.model_config import ModelConfig
 from jaxlm.parallel.lookup import lookup
@@ -16,6 +17,8 @@ from jaxlm.sharding import constrain, with_axes
 EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT, POOLED, WORDS = range(6)
 ENCODER = 2**31  # in place of a layer's number: beyond all of a decoder's
 CROSS = 2**31 + 1  # the same for a layer's attention to a source
+PRODUCT = "product"
+"""What rematerialisation knows a projection's output by: inside `multiply` it sees none."""
 
 
 class Projection(nn.LogicallyPartitioned):
@@ -60,7 +63,8 @@ class Dense(nn.Module):
         return y
 
     def _multiply(self, x, kernel, num_in: int):
-        return multiply(num_in, x.astype(self.dtype), kernel.astype(self.dtype))
+        y = multiply(num_in, x.astype(self.dtype), kernel.astype(self.dtype))
+        return checkpoint_name(y, PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -214,7 +214,7 @@ def micro_batches(config: Config, mesh: Mesh) -> int:
     if config.train.accumulation is not None:
         return config.train.accumulation
     whole = mesh.shape["fsdp"] == mesh.shape["ep"] == mesh.shape["pp"] == 1
-    if not whole or config.model.is_recurrent or mesh.devices.flat[0].platform != "cpu":
+    if not whole or config.model.is_recurrent or jax.default_backend() != "cpu":
         return 1
     rows = config.train.batch_size // batch_shards(mesh)
     fewest = -(-CACHED_TOKENS // config.tokens_per_row)

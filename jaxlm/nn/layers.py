@@ -18,7 +18,7 @@ EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT, POOLED, WORDS 
 ENCODER = 2**31  # in place of a layer's number: beyond all of a decoder's
 CROSS = 2**31 + 1  # the same for a layer's attention to a source
 PRODUCT = "product"
-"""What rematerialisation knows a projection's output by: inside `multiply` it sees none."""
+"""What rematerialisation knows a projection's output by: inside a gradient's rule it sees none."""
 
 
 class Projection(nn.LogicallyPartitioned):
@@ -63,20 +63,35 @@ class Dense(nn.Module):
         return y
 
     def _multiply(self, x, kernel, num_in: int):
-        y = multiply(num_in, x.astype(self.dtype), kernel.astype(self.dtype))
+        product = multiply_on_cpu if jax.default_backend() == "cpu" and _is_whole() else multiply
+        y = product(num_in, x.astype(self.dtype), kernel.astype(self.dtype))
         return checkpoint_name(y, PRODUCT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def multiply(num_in: int, x, kernel):
-    """`x` [*rows, *in] times `kernel` [*in, *out], where `in` is `num_in` dimensions.
-
-    Its gradients are JAX's own, but the kernel's has x for its left factor. On a CPU, where the
-    left one is copied in another order, JAX's has that happen to the slope, together with all that
-    makes the slope: a feed-forward then takes half as long again.
-    """
+    """`x` [*rows, *in] times `kernel` [*in, *out], where `in` is `num_in` dimensions."""
     rows = x.ndim - num_in
     return _contract(x, kernel, range(rows, x.ndim), range(num_in))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def multiply_on_cpu(num_in: int, x, kernel):
+    """As `multiply`, but the kernel's gradient has x for its left factor.
+
+    On a CPU the left one is copied in another order. As JAX forms it, that is the slope, together
+    with all that makes the slope: a feed-forward then takes half as long again.
+    """
+    return multiply(num_in, x, kernel)
+
+
+def _is_whole() -> bool:
+    """Whether a device has all of a product.
+
+    Where devices share them, XLA's CPU devices in several processes did not always come to the
+    collectives of another gradient than JAX's in the same order.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return all(n == 1 or axis in mesh.manual_axes for axis, n in mesh.shape.items())
 
 
 def _multiply_forward(num_in: int, x, kernel):
@@ -90,7 +105,7 @@ def _multiply_backward(num_in: int, saved, slope):
     return in_x, _contract(x, slope, range(rows), range(rows))
 
 
-multiply.defvjp(_multiply_forward, _multiply_backward)
+multiply_on_cpu.defvjp(_multiply_forward, _multiply_backward)
 
 
 def _contract(x, y, dims_x: range, dims_y: range):

@@ -178,7 +178,8 @@ def build_config(
         return TypeAdapter(Config).validate_json(json.dumps(merged, default=str))
     except ValidationError as error:
         sentence = _sentence(error.errors()[0])
-        is_in_line = any(key in sentence for key in _given(overrides))
+        named = {*re.findall(r"[\w.]+", sentence)}
+        is_in_line = not named.isdisjoint(_given(overrides))
         raise UserError(sentence if is_in_line else sentence + where) from None
 
 

@@ -1,6 +1,5 @@
 """A run that counts and has no gradients: the N-gram model's way through the train command."""
 
-import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from jaxlm.processes import Group
 from jaxlm.run_folder import claimed, with_found
 from jaxlm.tasks.language_modelling import compressed_bits, loss_metrics
 from jaxlm.texts import generate
-from jaxlm.validation import OPENING
+from jaxlm.validation import OPENING, prompt_option
 
 STEP = 1  # the one update there is
 
@@ -76,11 +75,8 @@ def _fit(config: Config, prepared: Prepared, run: Path, say: Callable[[str], Non
         f"bits/byte on {len(text):,} bytes of validation text: model "
         f"{metrics['valid_bits_per_byte']:.3f}, {others}"
     )
-    prompt = _prompt(config, prepared).strip() or "The"
-    say(
-        f"done: saved in {run}; try python -m jaxlm.sample {run} "
-        f"--prompt={shlex.quote(prompt.splitlines()[0])}"
-    )
+    option = prompt_option(_prompt(config, prepared))
+    say(f"done: saved in {run}; try python -m jaxlm.sample {run} {option}")
 
 
 def _prompt(config: Config, prepared: Prepared) -> str:

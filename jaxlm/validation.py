@@ -79,8 +79,7 @@ class TextValidation(Validation):
     def question(self):
         if self._config.task == "instruction":
             return "--chat"
-        prompt = self._tokenizer.decode(self._prompt or []).strip() or "The"
-        return f"--prompt={shlex.quote(prompt.splitlines()[0])}"
+        return prompt_option(self._tokenizer.decode(self._prompt or []))
 
     def run(self, params, moved):
         num_bytes, lengths = 0, self._tokenizer.byte_lengths
@@ -146,6 +145,11 @@ class TextValidation(Validation):
                 f"model.max_seq_len={self._config.model.max_seq_len}: shorten it"
             )
         return tokens
+
+
+def prompt_option(text: str) -> str:
+    """What to give `python -m jaxlm.sample` for a prompt: the first line of a text."""
+    return f"--prompt={shlex.quote((text.strip() or 'The').splitlines()[0])}"
 
 
 def opening(batch: Batch) -> list[int]:

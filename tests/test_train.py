@@ -63,13 +63,14 @@ def test_a_sample_begins_as_the_text_does_whose_continuation_is_known():
     assert opening_row([0] * 4 + [1] * 8, [1] * 12) == [*range(5)]
 
 
-def test_without_a_prompt_of_ones_own_the_sample_begins_as_the_validation_text(arguments, capsys):
+def test_without_a_prompt_the_sample_begins_as_a_validation_text(arguments, corpus, capsys):
     given = [a for a in arguments(train__steps=2) if not a.startswith("--train.sample_prompt")]
     assert train.main(given) == 0
     said = capsys.readouterr().out
     sample = re.search(r"sample: '(.*)'\n", said)[1]
     prompt = re.search(r"--prompt='?([^'\n]*)'?\n", said)[1]
     assert len(prompt) > 1 and prompt in sample
+    assert any(path.read_text().strip().startswith(prompt) for path in corpus.iterdir())
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text(trained_run, corpus):

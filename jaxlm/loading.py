@@ -69,6 +69,8 @@ def read_description(folder: Path) -> tuple[Config, Tokenizer, tuple[list[int], 
         prefix, suffix = tokenizer.prefix, tokenizer.suffix
     else:
         config, tokenizer = read_config(folder / CONFIG), load_tokenizer(folder)
+        # Float8 is for training: in use, a text's numbers must not depend on those beside it.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, float8=False))
         prefix, suffix = tokenizer.ends
     if config.task == "classification":
         return config, tokenizer, (prefix, suffix)

@@ -53,10 +53,10 @@ def blocked_cross_entropy(objective: Objective, params, hidden_btd, targets_bt, 
     """
 
     def one_block(sums: LossSums, inputs):
-        hidden, *rest = inputs
-        return _added(
-            sums, _block_sums(objective, objective.logits_fn(params, hidden), *rest)
-        ), None
+        hidden, targets, weights = inputs
+        logits = objective.logits_fn(params, hidden)
+        block = _block_sums(objective, logits, *token_nll(logits, targets), weights)
+        return _added(sums, block), None
 
     blocks = _split(objective.block, hidden_btd, targets_bt, weights_bt.astype(jnp.float32))
     sums, _ = jax.lax.scan(one_block, _no_sums(), blocks)
@@ -98,8 +98,9 @@ def _formed(objective: Objective, params, hidden_btd, targets_bt, weights_bt):
         sums, total = carry
         hidden, targets, weights = inputs
         logits, pull = jax.vjp(objective.logits_fn, params, hidden)
-        sums = _added(sums, _block_sums(objective, logits, targets, weights))
-        in_params, in_hidden = pull(_slope(objective, logits, targets, weights))
+        nll, log_z = token_nll(logits, targets)
+        sums = _added(sums, _block_sums(objective, logits, nll, log_z, weights))
+        in_params, in_hidden = pull(_slope(objective, logits, log_z, targets, weights))
         return (sums, _added(total, in_params)), in_hidden
 
     blocks = _split(objective.block, hidden_btd, targets_bt, weights_bt.astype(jnp.float32))
@@ -124,8 +125,7 @@ def _backward(objective: Objective, gradients, cotangents):
 blocked_cross_entropy.defvjp(_forward, _backward)
 
 
-def _block_sums(objective: Objective, logits, targets, weights) -> LossSums:
-    nll, log_z = token_nll(logits, targets)
+def _block_sums(objective: Objective, logits, nll, log_z, weights) -> LossSums:
     spread = jnp.zeros((), jnp.float32)
     if objective.smoothing:
         spread = jnp.sum((log_z - logits.mean(-1)) * weights)
@@ -133,9 +133,9 @@ def _block_sums(objective: Objective, logits, targets, weights) -> LossSums:
     return LossSums(jnp.sum(nll * weights), z, spread, jnp.sum(weights))
 
 
-def _slope(objective: Objective, logits_btv, targets_bt, weights_bt):
+def _slope(objective: Objective, logits_btv, log_z_bt, targets_bt, weights_bt):
     """The objective's gradient in the logits: a softmax, and what smoothing asks for taken off."""
-    log_z = jax.nn.logsumexp(logits_btv, axis=-1, keepdims=True)
+    log_z = log_z_bt[:, :, None]
     smoothing = objective.smoothing
     slope = jnp.exp(logits_btv - log_z) * (1.0 + 2.0 * objective.z_loss * log_z)
     slope = slope - jnp.where(_is_target(logits_btv, targets_bt), 1.0 - smoothing, 0.0)

@@ -154,6 +154,8 @@ class ModelConfig:
     """Divide that deviation by sqrt(2 num_layers) where a sub-layer ends (GPT-2)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type (parameters stay float32); auto: bfloat16 on GPU, float32 on CPU."""
+    float8: bool = False
+    """Multiply matrices of layers in float8 in training (NVIDIA Hopper, Ada and newer)."""
     attention: Literal["auto", "plain", "stored", "blocked", "xla", "cudnn"] = "auto"
     """Attention backend; auto picks the fastest that can do what is asked for."""
     stack: Literal["scan", "unroll"] = "scan"
@@ -287,6 +289,7 @@ class ModelConfig:
             encoder_layers=needs("model", self, "kind", "encoder_decoder", *RECURRENT),
             layer_pattern=alone,
             experts=has_stack,
+            float8=(self.experts is None, "dense layers (model.experts=null)"),
             parallel_residual=has_stack,
             labels=has_stack,
             pooling=has_stack,

@@ -268,6 +268,11 @@ def _training_misfit(config: Config, sizes: dict[str, int]) -> str | None:
             f"model.experts.capacity counts a row's tokens in order, but cp={cp} splits rows: "
             "leave capacity out"
         )
+    if pp > 1 and model.float8:
+        return (
+            f"model.float8 scales what is multiplied at once, which pp={pp} would split: leave pp "
+            "out of the mesh"
+        )
     shards = sizes["dp"] * sizes["fsdp"] * sizes["ep"]
     rows = config.train.batch_size // (config.train.accumulation or 1) // shards
     return _rows_misfit(config, shards) or (_pipeline_misfit(config, pp, rows) if pp > 1 else None)

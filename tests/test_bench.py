@@ -1,7 +1,9 @@
 """Benchmarks, in the smallest: both sides run and are measured on the same texts."""
 
+import dataclasses
 import json
 import random
+import re
 
 import pytest
 import yaml
@@ -89,10 +91,23 @@ def test_a_training_step_is_that_of_pytorch_and_both_are_timed(tmp_path, monkeyp
 
 
 @pytest.mark.slow
+def test_float8_is_timed_beside_bfloat16(tmp_path, monkeypatch, capsys):
+    float8 = workloads(float8=LLAMA | {"dtype": "bfloat16", "float8": True})["cpu"]["float8"]
+    float8 = dataclasses.replace(float8, peers=(train.BFLOAT16,))
+    monkeypatch.setattr(train, "WORKLOADS", {"cpu": {"float8": float8}})
+    bench.main(["train", "--on=cpu", "--quick", f"--out={tmp_path}"])
+    ours, theirs = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert (ours["name"], theirs["name"]) == ("jaxlm", "jaxlm bfloat16")
+    assert ours["parameters"] == theirs["parameters"] and theirs["ratio"] > 0
+    said = re.search("losses agree with jaxlm bfloat16's to (.*)", capsys.readouterr().out)
+    assert 0 < float(said[1]) < train.FLOAT8_TOLERANCE  # 0 would be the same run twice
+
+
+@pytest.mark.slow
 def test_sides_that_do_not_compute_the_same_are_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "WORKLOADS", workloads(llama=LLAMA))
-    told = train._peers
-    monkeypatch.setattr(train, "_peers", lambda config: told(config) | {"norm_eps": 0.1})
+    told = train._told
+    monkeypatch.setattr(train, "_told", lambda *given: told(*given) | {"norm_eps": 0.1})
     with pytest.raises(UserError, match="llama: jaxlm and torch eager do not compute the same"):
         bench.main(["train", "--on=cpu", "--quick", f"--out={tmp_path}"])
     with pytest.raises(UserError, match="--models=x: use llama"):

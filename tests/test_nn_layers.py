@@ -1,5 +1,7 @@
 """The small modules against PyTorch's and transformers' own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,17 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from jaxlm.model_config import ModelConfig, RopeScaling
-from jaxlm.nn.layers import MLP, Dense, Dropout, Embed, Norm
+from jaxlm.nn.layers import (
+    MLP,
+    Dense,
+    Dropout,
+    Embed,
+    Norm,
+    add_bias,
+    hidden_units,
+    normalise,
+    normalise_on_gpu,
+)
 from jaxlm.nn.positions import apply_rope, rope_angles
 from jaxlm.sharding import split_boxes
 
@@ -199,3 +211,42 @@ def test_a_word_is_dropped_wherever_a_text_has_it():
 
 def test_no_rate_is_no_dropout():
     np.testing.assert_array_equal(drop(PLACES, rate=0.0), np.ones((16, 64, 8)))
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+def test_a_norm_on_gpus_is_the_plain_one_with_its_gradient(kind, bias, axes):
+    x = jnp.asarray(normal(3, 5, 4, 6) + 2)
+    scale = jnp.asarray(normal(*x.shape[-axes:], seed=1))
+    given = x, scale, jnp.asarray(normal(*scale.shape, seed=2)) if bias else None
+    slope = jnp.asarray(normal(*x.shape, seed=3))
+    results = []
+    for f in (normalise, normalise_on_gpu):
+        y, pull = jax.vjp(functools.partial(f, kind, EPS), *given)
+        results.append((y, *pull(slope)))
+    for plain, ours in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=1e-5)
+
+
+def test_a_bias_has_its_gradient_summed_in_float32():
+    y, bias = jnp.zeros((64, 64, 2), jnp.bfloat16), jnp.zeros(2)
+    slope = jnp.full(y.shape, 1 + 2**-7, jnp.bfloat16)
+    in_bias = jax.vjp(add_bias, y, bias)[1](slope)[1]
+    # In bfloat16 a sum of 4,096 ones would stop at 256.
+    np.testing.assert_array_equal(in_bias, np.full(2, 4096 * (1 + 2**-7), np.float32))
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_exact", "swiglu", "relu"])
+def test_hidden_units_of_bfloat16_are_those_of_float32_rounded_once(kind):
+    up, gate = jnp.asarray(normal(2, 64, 8), jnp.bfloat16), None
+    if kind == "swiglu":
+        gate = jnp.asarray(normal(2, 64, 8, seed=1), jnp.bfloat16)
+    arrays = (up,) if gate is None else (up, gate)
+    exact = [x.astype(jnp.float32) for x in arrays]
+    slope = jnp.asarray(normal(2, 64, 8, seed=2), jnp.bfloat16)
+    y, pull = jax.vjp(functools.partial(hidden_units, kind), *arrays)
+    wanted, exact_pull = jax.vjp(functools.partial(hidden_units, kind), *exact)
+    np.testing.assert_array_equal(y, wanted.astype(jnp.bfloat16))
+    for ours, theirs in zip(pull(slope), exact_pull(slope.astype(jnp.float32)), strict=True):
+        np.testing.assert_array_equal(ours, theirs.astype(jnp.bfloat16))

@@ -23,7 +23,10 @@ from jaxlm.flops import peak_flops
 
 CHECK_LAYERS, CHECK_STEPS = 2, 3
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}  # of the loss, relative
+FLOAT8_TOLERANCE = 1e-2
 OURS, EAGER, COMPILED = "jaxlm", "torch eager", "torch compile"
+BFLOAT16 = "jaxlm bfloat16"
+"""What training in float8 is measured against."""
 PEER = Path(__file__).with_name("train_torch.py")
 CEILING_SIZE = {"cpu": 1536, "gpu": 8192}
 
@@ -45,6 +48,10 @@ COMMON = {
 _GPT2 = {"preset": "gpt2-124m", "dropout": 0.0, "attention_dropout": 0.0, "vocab_size": 50304}
 _LLAMA3 = {"vocab_size": 128256, "max_seq_len": 4096, "rope_scaling": None}
 _GPU = {"dtype": "bfloat16", "stack": "unroll"}
+_1B = {
+    "model": {"preset": "llama3-1b"} | _LLAMA3 | _GPU,
+    "train": {"batch_size": 2, "loss_block": 4096},
+}
 WORKLOADS = {
     "cpu": {
         "14M": Workload(
@@ -68,13 +75,8 @@ WORKLOADS = {
         "124M": Workload(
             {"model": _GPT2 | _GPU, "train": {"batch_size": 32, "loss_block": 1024}}, seconds=1.0
         ),
-        "1B": Workload(
-            {
-                "model": {"preset": "llama3-1b"} | _LLAMA3 | _GPU,
-                "train": {"batch_size": 2, "loss_block": 4096},
-            },
-            peers=(COMPILED,),
-        ),
+        "1B": Workload(_1B, peers=(COMPILED,)),
+        "1B float8": Workload(_1B | {"model": _1B["model"] | {"float8": True}}, peers=(BFLOAT16,)),
     },
 }
 
@@ -122,11 +124,12 @@ def _measure(
     name: str, workload: Workload, device: str, rounds: int, say: Callable[[str], None]
 ) -> list[Result]:
     config = _config(workload.settings)
-    settings = {OURS: COMMON | workload.settings} | dict.fromkeys(workload.peers, _peers(config))
-    present = importlib.util.find_spec("torch") is not None
-    if not present:
+    ours = COMMON | workload.settings
+    settings = {OURS: ours} | {n: _told(n, ours, config) for n in workload.peers}
+    if importlib.util.find_spec("torch") is None:
+        settings = {n: told for n, told in settings.items() if n not in (EAGER, COMPILED)}
         say("PyTorch is not installed, so jaxlm is measured alone: pip install 'jaxlm[bench]'")
-    sides = [_start(n, device) for n in (OURS, *(workload.peers if present else ()))]
+    sides = [_start(n, device) for n in settings]
     try:
         _check(name, sides, settings, config, say)
         facts = {}
@@ -178,7 +181,7 @@ def _config(settings: dict) -> Config:
 
 
 def _start(name: str, device: str) -> Competitor:
-    if name == OURS:
+    if name in (OURS, BFLOAT16):
         command = [sys.executable, "-m", "jaxlm.bench.train_jaxlm"]
         return Competitor(name, command, jax_on(device))
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
@@ -186,8 +189,10 @@ def _start(name: str, device: str) -> Competitor:
     return Competitor(name, command, os.environ | hidden)
 
 
-def _peers(config: Config) -> dict:
-    """What PyTorch's side is told."""
+def _told(name: str, ours: dict, config: Config) -> dict:
+    """What a competitor is told."""
+    if name == BFLOAT16:
+        return ours | {"model": ours["model"] | {"float8": False}}
     model, optim = config.model, config.optim
     names = ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "mlp", "norm", "norm_eps")
     names += ("positions", "rope_theta", "tie_embeddings", "dtype")
@@ -207,7 +212,7 @@ def _check(name: str, sides, settings: dict, config: Config, say: Callable[[str]
     """Hold the sides' first losses against each other."""
     small = {}
     for side, told in settings.items():
-        if side == OURS:
+        if side in (OURS, BFLOAT16):
             model = told["model"] | {"num_layers": CHECK_LAYERS}
             small[side] = told | {"model": model}
         else:
@@ -223,7 +228,8 @@ def _check(name: str, sides, settings: dict, config: Config, say: Callable[[str]
     ours = losses.pop(OURS)
     for side, theirs in losses.items():
         apart = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-        if not apart <= TOLERANCE[config.model.dtype]:
+        allowed = FLOAT8_TOLERANCE if config.model.float8 else TOLERANCE[config.model.dtype]
+        if not apart <= allowed:
             raise UserError(
                 f"{name}: jaxlm and {side} do not compute the same: from the same weights their "
                 f"first losses are {ours} and {theirs}"

@@ -298,6 +298,7 @@ class Attention(nn.Module):
             residual_std(c),
             c.out_bias,
             num_in=2,
+            float8=c.float8,
             name="out",
         )(out_btnh)
 
@@ -312,6 +313,7 @@ class Attention(nn.Module):
             c.init_mean,
             c.init_std,
             c.qkv_bias,
+            float8=c.float8,
             name=name,
         )(x_btd)
         y = constrain(y, "batch", "length", axis, None)

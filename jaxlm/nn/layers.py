@@ -10,6 +10,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.model_config import ModelConfig
+from jaxlm.nn import float8
 from jaxlm.parallel.lookup import lookup
 from jaxlm.sharding import constrain, with_axes
 
@@ -42,6 +43,8 @@ class Dense(nn.Module):
     init_std: float
     use_bias: bool = False
     num_in: int = 1
+    float8: bool = False
+    """Multiply by the kernel in float8 (`nn.float8`)."""
 
     @nn.compact
     def __call__(self, x):
@@ -52,20 +55,39 @@ class Dense(nn.Module):
             return Projection(init(*args), self.axes, num_in=self.num_in)
 
         kernel = self.param("kernel", boxed, in_shape + self.out_shape)
-        y = self._multiply(x, kernel, self.num_in)
+        if self.float8:
+            y = float8.multiply(self.num_in, x.astype(self.dtype), kernel)
+            y = checkpoint_name(y, PRODUCT)
+        else:
+            y = self._multiply(x, kernel, self.num_in)
         if self.has_variable("params", "lora_a"):
             a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
             y = y + self._multiply(self._multiply(x, a, self.num_in), b, 1)
         if self.use_bias:
             zeros = with_axes(nn.initializers.zeros_init(), self.axes[self.num_in :])
-            bias = self.param("bias", zeros, self.out_shape).astype(self.dtype)
-            y = y + jnp.broadcast_to(bias, y.shape)
+            y = add_bias(y, self.param("bias", zeros, self.out_shape))
         return y
 
     def _multiply(self, x, kernel, num_in: int):
         product = multiply_on_cpu if jax.default_backend() == "cpu" and _is_whole() else multiply
         y = product(num_in, x.astype(self.dtype), kernel.astype(self.dtype))
         return checkpoint_name(y, PRODUCT)
+
+
+@jax.custom_vjp
+def add_bias(y, bias):
+    """`y` [..., *out] and `bias` [*out] float32, in the type of `y`.
+
+    The bias's gradient is summed in float32: as JAX derives it, it would be in the type of `y`.
+    """
+    return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+
+
+def _add_bias_backward(bias, slope):
+    return slope, slope.sum(range(slope.ndim - bias.ndim), dtype=bias.dtype)
+
+
+add_bias.defvjp(lambda y, bias: (add_bias(y, bias), bias), _add_bias_backward)
 
 
 def multiply(num_in: int, x, kernel):
@@ -129,19 +151,71 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x):
         offset = self.offset if self.kind == "rmsnorm" else 0.0
-        dims = tuple(range(-len(self.axes), 0))
-        shape = x.shape[dims[0] :]
+        shape = x.shape[x.ndim - len(self.axes) :]
         ones = with_axes(nn.initializers.constant(1.0 - offset), self.axes)
-        scale = self.param("scale", ones, shape) + offset
-        y = x.astype(jnp.float32)
-        if self.kind == "layernorm":
-            y = y - y.mean(dims, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), dims, keepdims=True) + self.eps)
-        y = y * jnp.broadcast_to(scale, y.shape)
+        scale, bias = self.param("scale", ones, shape) + offset, None
         if self.use_bias:
-            zeros = with_axes(nn.initializers.zeros_init(), self.axes)
-            y = y + jnp.broadcast_to(self.param("bias", zeros, shape), y.shape)
-        return y.astype(x.dtype)
+            bias = self.param("bias", with_axes(nn.initializers.zeros_init(), self.axes), shape)
+        on_gpu = jax.default_backend() == "gpu"
+        return (normalise_on_gpu if on_gpu else normalise)(self.kind, self.eps, x, scale, bias)
+
+
+def normalise(kind: str, eps: float, x, scale, bias):
+    """The last dimensions of `x`, those of `scale`, by RMSNorm or LayerNorm."""
+    dims = tuple(range(-scale.ndim, 0))
+    y = x.astype(jnp.float32)
+    if kind == "layernorm":
+        y = y - y.mean(dims, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), dims, keepdims=True) + eps)
+    y = y * jnp.broadcast_to(scale, y.shape)
+    if bias is not None:
+        y = y + jnp.broadcast_to(bias, y.shape)
+    return y.astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def normalise_on_gpu(kind: str, eps: float, x, scale, bias):
+    """As `normalise`, but only `x` and two numbers a row are kept for the gradient.
+
+    XLA would keep `x` normalised, in float32, and read it more often than it takes to make it.
+    """
+    return _normalise_forward(kind, eps, x, scale, bias)[0]
+
+
+def _normalise_forward(kind: str, eps: float, x, scale, bias):
+    dims = tuple(range(-scale.ndim, 0))
+    mean = None
+    y = x.astype(jnp.float32)
+    if kind == "layernorm":
+        mean = y.mean(dims, keepdims=True)
+    rate = jax.lax.rsqrt(jnp.mean(jnp.square(_centred(y, mean)), dims, keepdims=True) + eps)
+    y = _centred(y, mean) * rate * jnp.broadcast_to(scale, y.shape)
+    if bias is not None:
+        y = y + jnp.broadcast_to(bias, y.shape)
+    return y.astype(x.dtype), (x, mean, rate, scale, bias)
+
+
+def _normalise_backward(kind: str, eps: float, saved, slope):
+    *saved, scale, bias = saved
+    # Or it would be made of what the forward pass has at hand, which is then kept.
+    (x, mean, rate), slope = jax.lax.optimization_barrier((saved, slope))
+    dims = tuple(range(-scale.ndim, 0))
+    y = _centred(x.astype(jnp.float32), mean) * rate
+    slope = slope.astype(jnp.float32)
+    in_y = slope * jnp.broadcast_to(scale, y.shape)
+    in_x = in_y - y * jnp.mean(in_y * y, dims, keepdims=True)
+    if kind == "layernorm":
+        in_x = in_x - in_y.mean(dims, keepdims=True)
+    rows = range(x.ndim - scale.ndim)
+    in_bias = None if bias is None else slope.sum(rows)
+    return (rate * in_x).astype(x.dtype), (slope * y).sum(rows), in_bias
+
+
+def _centred(y, mean):
+    return y if mean is None else y - mean
+
+
+normalise_on_gpu.defvjp(_normalise_forward, _normalise_backward)
 
 
 def residual_norm(config: ModelConfig, name: str) -> Norm:
@@ -184,13 +258,11 @@ class MLP(nn.Module):
             "init_mean": c.init_mean,
             "init_std": c.init_std,
             "use_bias": c.mlp_bias,
+            "float8": c.float8,
         }
         up_btf = Dense(**wide, name="up")(x_btd)
-        act = activation(c.mlp)
-        if not c.is_gated:
-            hidden_btf = act(up_btf)
-        else:
-            hidden_btf = act(Dense(**wide, name="gate")(x_btd)) * up_btf
+        gate_btf = Dense(**wide, name="gate")(x_btd) if c.is_gated else None
+        hidden_btf = hidden_units(c.mlp, up_btf, gate_btf)
         hidden_btf = constrain(hidden_btf, "batch", "length", "mlp")
         return Dense(
             (c.d_model,),
@@ -199,6 +271,7 @@ class MLP(nn.Module):
             c.init_mean,
             residual_std(c),
             c.mlp_bias,
+            float8=c.float8,
             name="down",
         )(hidden_btf)
 
@@ -210,6 +283,35 @@ def activation(mlp: str):
     if mlp in ("swiglu", "silu"):
         return nn.silu
     return lambda x: nn.gelu(x, approximate=mlp != "gelu_exact")
+
+
+def hidden_units(mlp: str, up, gate=None):
+    """What a feed-forward layer makes of `up` and, if it is gated, `gate`: in float32, returned in
+    their type."""
+    act = activation(mlp)
+    if gate is None:
+        return _elementwise(act, up)
+    return _elementwise(lambda gate, up: act(gate) * up, gate, up)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _elementwise(f, *arrays):
+    """`f` in float32, returned in the arrays' type; of them alone its gradient is made."""
+    return _in_float32(f, *arrays)
+
+
+def _in_float32(f, *arrays):
+    return f(*(x.astype(jnp.float32) for x in arrays)).astype(arrays[0].dtype)
+
+
+def _elementwise_backward(f, arrays, slope):
+    # Or it would be made of float32 that the forward pass has at hand, which is then kept.
+    if slope.dtype != jnp.float32:
+        arrays, slope = jax.lax.optimization_barrier((arrays, slope))
+    return jax.vjp(functools.partial(_in_float32, f), *arrays)[1](slope)
+
+
+_elementwise.defvjp(lambda f, *arrays: (_in_float32(f, *arrays), arrays), _elementwise_backward)
 
 
 def gaussian(mean: float, std: float):

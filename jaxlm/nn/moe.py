@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm.model_config import ModelConfig
-from jaxlm.nn.layers import MLP, Dense, activation, gaussian, residual_std
+from jaxlm.nn.layers import MLP, Dense, gaussian, hidden_units, residual_std
 from jaxlm.parallel.experts import run_experts
 from jaxlm.sharding import constrain, with_axes
 
@@ -101,10 +101,8 @@ class Experts(nn.Module):
                 return jnp.einsum("erd,edf->erf", x, kernel)
             return jax.lax.ragged_dot(x, kernel, sizes)
 
-        hidden = multiply(rows, kernels["up"])
-        act = activation(self.config.mlp)
-        gate = kernels.get("gate")
-        hidden = act(hidden) if gate is None else act(multiply(rows, gate)) * hidden
+        gate = multiply(rows, kernels["gate"]) if "gate" in kernels else None
+        hidden = hidden_units(self.config.mlp, multiply(rows, kernels["up"]), gate)
         hidden = constrain(hidden, *[None] * (hidden.ndim - 1), "mlp")
         return constrain(multiply(hidden, kernels["down"]), *[None] * hidden.ndim)
 

@@ -49,6 +49,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "layer_updates": ("dp",),
 }
 
+FLOAT8_CAPABILITY = 8, 9
+
 
 def mesh_axes(axes: Axes, omit: frozenset[str] = frozenset()) -> PartitionSpec:
     """The mesh axes of an array whose dimensions carry the logical `axes`.
@@ -206,6 +208,8 @@ def check_fits(config: Config, mesh: Mesh, training: bool = True) -> None:
     the model is trained, rows, layers and sequences.
     """
     sizes = dict(mesh.shape)
+    if training and config.model.float8:
+        _check_float8(mesh)
     wrong = _misfit(config, sizes, training)
     if wrong is None:
         return
@@ -213,6 +217,17 @@ def check_fits(config: Config, mesh: Mesh, training: bool = True) -> None:
     for devices in sorted(range(1, 2 * mesh.size), key=lambda n: abs(n - mesh.size)):
         if meshes := nearest_meshes(sizes, devices, count=1, works=works):
             raise UserError(f"{wrong}, or --mesh={meshes[0]}")
+
+
+def _check_float8(mesh: Mesh) -> None:
+    """Without float8 in the hardware XLA would multiply in another type, and say nothing."""
+    device = next(mesh.devices.flat)
+    capability = getattr(device, "compute_capability", None)
+    if capability is not None and tuple(map(int, capability.split("."))) < FLOAT8_CAPABILITY:
+        raise UserError(
+            "model.float8 needs a GPU that multiplies in float8 (NVIDIA Ada, Hopper and newer), "
+            f"and {device.device_kind} does not: leave it out"
+        )
 
 
 def _misfit(config: Config, sizes: dict[str, int], training: bool) -> str | None:

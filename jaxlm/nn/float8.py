@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 VALUES, SLOPES = jnp.float8_e4m3fn, jnp.float8_e5m2
+EXPONENT = 0x7F800000  # of a float32's bits
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +37,9 @@ def scaled(x, dtype) -> Scaled:
     if manual:
         largest = jax.lax.pmax(largest, manual)
     largest = jnp.maximum(largest, 1e-30)  # of zeros
-    scale = jnp.exp2(jnp.ceil(jnp.log2(largest / most)))
+    # The power of two above: an exponent's bits, since `exp2` is not exact everywhere.
+    bits = jax.lax.bitcast_convert_type(largest / most, jnp.int32) & EXPONENT
+    scale = 2.0 * jax.lax.bitcast_convert_type(bits, jnp.float32)
     values = jnp.clip(x.astype(jnp.float32) / scale, -most, most)
     return Scaled(values.astype(dtype), scale)
 

@@ -39,6 +39,17 @@ def test_arrays_fill_the_range_of_their_type(dtype, rounding, size):
     np.testing.assert_allclose((values * got.scale)[large], x[large], rtol=rounding)
 
 
+def test_parts_of_an_array_have_the_scale_of_the_whole():
+    x = jnp.asarray([[1.0, 2.0], [300.0, 4.0]])
+    mesh, rows = make_mesh("dp2"), jax.sharding.PartitionSpec("dp")
+
+    def scales(part):
+        return float8.scaled(part, float8.VALUES).scale[None]
+
+    found = jax.shard_map(scales, mesh=mesh, in_specs=rows, out_specs=rows, axis_names={"dp"})(x)
+    np.testing.assert_array_equal(found, [float8.scaled(x, float8.VALUES).scale] * 2)
+
+
 def test_zeros_stay_zeros_and_what_is_not_finite_shows():
     assert not float8.scaled(jnp.zeros(3), float8.VALUES).values.astype(jnp.float32).any()
     y = float8.multiply(1, jnp.array([[1.0, jnp.inf]]), jnp.ones((2, 1)))

@@ -152,10 +152,12 @@ def accumulate(gradient: Callable, params, batch: Batch, count: int):
         if count == 1:
             return gradient(params, *first)
 
-        def add(total, micro):
-            return jax.tree.map(jnp.add, total, gradient(params, *micro)), None
+        once = jax.jit(gradient)  # traced for its shapes, and not again for the loop
 
-        shapes = jax.eval_shape(gradient, params, *first)
+        def add(total, micro):
+            return jax.tree.map(jnp.add, total, once(params, *micro)), None
+
+        shapes = jax.eval_shape(once, params, *first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, micros)[0]
 

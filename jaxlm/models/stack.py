@@ -117,6 +117,8 @@ def _run_layers(one: Callable, layers, x, rows, first, period: int, mode: str):
         parts.append(jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), sums))
     rest = []
     if scanned < length:
+        # Like layers are traced and lowered once; XLA compiles them as if they were written out.
+        one = jax.jit(one, static_argnums=0)
         for i, params in enumerate(_split(layers, scanned), scanned):
             x, new = one(i % period, params, x, rows, first + i)
             rest.append(new)

@@ -232,10 +232,12 @@ class Config:
         parse_mesh(self.mesh)
         kinds = KINDS[self.task]
         if self.model.kind not in kinds:
-            others = [f"task={task}" for task in KINDS if self.model.kind in KINDS[task]]
+            tasks = ", ".join(task for task in KINDS if self.model.kind in KINDS[task])
+            preset = "transformer-tiny" if self.task == "translation" else "llama-tiny"
             raise UserError(
-                f"task={self.task} cannot train model.kind={self.model.kind}: set "
-                f"{' or '.join(others)}, or use a model of kind {' or '.join(kinds)}"
+                f"task={self.task} cannot train model.kind={self.model.kind}: use one of the kinds "
+                f"{', '.join(kinds)}, such as model.preset={preset}, or a task of that kind "
+                f"({tasks})"
             )
         if self.lora is not None and (self.init_from is None or self.model.is_recurrent):
             raise UserError(

@@ -30,9 +30,9 @@ class Settings:
     seed: int
     num_samples: int
     """Texts for each row; of a beam search, that many of its best."""
-    eos_id: int | None = None
+    eos_id: int | None
     """What ends a text."""
-    starts_text: bool = False
+    starts_text: bool
     """What is made is a text of its own, a translation or an answer: it does not begin with the
     space that some tokenizers put before a text's first word, as the rest of a text would."""
 
@@ -51,7 +51,10 @@ class Row:
 def make_settings(
     sampling: Sampling, beams: Beams, stops: list[str], *, max_new_tokens, seed, num_samples
 ) -> Settings:
-    """Settings of a user. Raises UserError for one of the wrong type, out of range or of no use."""
+    """Settings of a user; what ends a text is the caller's to add.
+
+    Raises UserError for one of the wrong type, out of range or of no use.
+    """
     counts = {"max_new_tokens": max_new_tokens, "num_samples": num_samples, "seed": seed}
     number, whole = numbers.Real, numbers.Integral
     limits = (
@@ -79,7 +82,7 @@ def make_settings(
         raise UserError("stop holds an empty string, which would end every text at once: drop it")
     _check_beams(sampling, beams, num_samples)
     searches = beams if beams.num_beams > 1 else None
-    return Settings(max_new_tokens, sampling, searches, stops, seed, num_samples)
+    return Settings(max_new_tokens, sampling, searches, stops, seed, num_samples, None, False)
 
 
 def _check_beams(sampling: Sampling, beams: Beams, num_samples: int) -> None:

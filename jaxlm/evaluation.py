@@ -218,8 +218,9 @@ def _translation(
     report(f"translating {len(pairs):,} texts")
     beams = request.beams or BEAMS
     searches = beams if beams.num_beams > 1 else None
-    settings = Settings(config.seq_len, Sampling(temperature=0.0), searches, [], 0, 1)
-    rows = [Row([model.tokenizer.bos_id], pair.source) for pair in pairs]
+    bos, eos = model.tokenizer.bos_id, model.tokenizer.eos_id
+    settings = Settings(config.seq_len, Sampling(temperature=0.0), searches, [], 0, 1, eos, True)
+    rows = [Row([bos], pair.source) for pair in pairs]
     texts = [text for (text,) in continue_rows(model, rows, settings)]
     metrics, signatures = translation_metrics(texts, pairs)
     figures = _losses(model, config, prepared, request, report)

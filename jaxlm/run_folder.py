@@ -69,8 +69,8 @@ def find_step(path: Path, which: str = "last") -> Path:
         raise UserError(f"{path} is a run's folder of checkpoints: give its parent, {path.parent}")
     if not is_run:
         raise UserError(
-            f"{path} is not a run folder: it has no {CONFIG} and no checkpoints; give what train's "
-            "--out was, such as runs/default"
+            f"{path} is not a run folder, nor a model of transformers: it has no {CONFIG} and no "
+            "config.json; give what train's --out was, such as runs/default"
         )
     steps = complete_steps(path)
     if not steps:

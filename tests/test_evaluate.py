@@ -11,7 +11,7 @@ from conftest import tiny_arguments
 from loaded import loaded
 
 import jaxlm
-from jaxlm import evaluate, evaluation, train
+from jaxlm import evaluate, evaluation, texts, train
 from jaxlm.beam import Beams
 from jaxlm.cli import read_config
 from jaxlm.data.corpus import prepare
@@ -191,6 +191,28 @@ def test_translations_are_evaluated_as_they_were_validated(task_run, capsys):
     assert searched["texts"] == 5 and "tok:13a" in searched["signatures"][""]
     evaluate.main([str(run), "--limit=5", "--num_beams=1"])
     assert capsys.readouterr().out.split()[:2] == ["BLEU", "chrF"]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_translations_are_evaluated_as_translate_makes_them(monkeypatch, tmp_path, beams):
+    data = tmp_path / "a.tsv"
+    data.write_text("the fox\tder fuchs\nthe dog\tder hund\n")
+    model, seen = loaded("translation", controls=()), []
+    config = dataclasses.replace(model.config, data=DataConfig(cache=str(tmp_path)))
+    model.tokenizer.save(tmp_path)
+    model = dataclasses.replace(model, config=config, source=tmp_path)
+
+    def remember(model, rows, settings):
+        seen.append((settings, sorted(row.source for row in rows)))
+        return [[""] for _ in rows]
+
+    for module in (evaluation, texts):
+        monkeypatch.setattr(module, "continue_rows", remember)
+    request = Request(data=(str(data),), beams=Beams(num_beams=beams, length_penalty=0.6))
+    evaluation.evaluate(model, request)
+    length = model.config.seq_len
+    jaxlm.translate(model, ["the fox", "the dog"], num_beams=beams, max_new_tokens=length)
+    assert seen[0] == seen[1] and seen[0][0].eos_id is not None
 
 
 def test_languages_are_told_by_their_option(monkeypatch, tmp_path):

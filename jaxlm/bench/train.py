@@ -77,6 +77,15 @@ WORKLOADS = {
         ),
         "1B": Workload(_1B, peers=(COMPILED,)),
         "1B float8": Workload(_1B | {"model": _1B["model"] | {"float8": True}}, peers=(BFLOAT16,)),
+        # AdamW's moments would not fit beside parameters and gradients in float32.
+        "8B": Workload(
+            {
+                "model": {"preset": "llama3-8b", "remat": "dots"} | _LLAMA3 | _GPU,
+                "train": {"batch_size": 2, "loss_block": 1024},
+                "optim": COMMON["optim"] | {"name": "adafactor"},
+            },
+            peers=(),
+        ),
     },
 }
 

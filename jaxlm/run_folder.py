@@ -114,8 +114,8 @@ def claim(run: Path, config: Config, prepared: Prepared) -> None:
         "train": [file.digest for file in prepared.train],
         "valid": [file.digest for file in prepared.valid],
     }
+    check_unchanged(run, config)
     if _has_begun(run):
-        _check_config(run, config)
         try:
             before = json.loads((run / DATA).read_text(encoding="utf-8"))
             changed = [name for name in data if before[name] != data[name]]
@@ -141,8 +141,15 @@ def claim(run: Path, config: Config, prepared: Prepared) -> None:
     write_atomically(run / CONFIG, dump_config(config))
 
 
-def _check_config(run: Path, config: Config) -> None:
+def check_unchanged(run: Path, config: Config) -> None:
+    """Raise UserError where a run in `run`, if there is one, has another configuration.
+
+    What only data settle is compared once they have.
+    """
+    if not _has_begun(run):
+        return
     old, new = flatten(read_config(run / CONFIG)), flatten(config)
+    new |= {key: old[key] for key in ("model.labels", "model.vocab_size") if new[key] is None}
     changed = [key for key in new if new[key] != old[key] and not key.startswith(CHANGEABLE)]
     if new["train.steps"] >= old["train.steps"]:
         changed = [key for key in changed if key != "train.steps"]

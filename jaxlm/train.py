@@ -30,7 +30,7 @@ from jaxlm.monitor import Display, Meter, MetricsLog, NoLog
 from jaxlm.optim import learning_rate, make_optimizer
 from jaxlm.processes import Group, find_launch, hush_gloo, joined
 from jaxlm.profiling import Profile
-from jaxlm.run_folder import claimed, with_found
+from jaxlm.run_folder import check_unchanged, claimed, with_found
 from jaxlm.sharding import check_fits
 from jaxlm.step import TrainState, build_model, build_program, micro_batches
 from jaxlm.tasks.batch import Batch
@@ -70,6 +70,7 @@ def _train(config: Config, group: Group, profiled: range) -> int:
     if group.count > 1 and mesh.devices.flat[0].platform == "cpu":
         hush_gloo()
     group.check_same({k: v for k, v in flatten(config).items() if k not in MAY_DIFFER})
+    group.from_first(lambda: check_unchanged(Path(config.out), config))
     prepared = prepare_together(group, config.data, config.tokenizer, say, make_form(config))
     config = with_found(config, prepared)
     with claimed(Path(config.out), config, prepared, group):

@@ -269,3 +269,11 @@ def test_a_step_that_takes_too_long_prints_what_every_thread_does(small_run, tmp
     text = capfd.readouterr().err
     assert "no step finished for 0.00333333 minutes; what every thread is doing" in text
     assert "in _update" in text
+
+
+def test_another_configuration_is_refused_before_anything_is_prepared(
+    arguments, trained_run, monkeypatch
+):
+    monkeypatch.setattr(train, "prepare_together", lambda *_: pytest.fail("prepared"))
+    with pytest.raises(UserError, match="with another configuration .optim.learning_rate="):
+        train.main(arguments(out=trained_run, optim__learning_rate=0.5))

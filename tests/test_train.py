@@ -275,5 +275,5 @@ def test_another_configuration_is_refused_before_anything_is_prepared(
     arguments, trained_run, monkeypatch
 ):
     monkeypatch.setattr(train, "prepare_together", lambda *_: pytest.fail("prepared"))
-    with pytest.raises(UserError, match="with another configuration .optim.learning_rate="):
+    with pytest.raises(UserError, match="with another configuration"):
         train.main(arguments(out=trained_run, optim__learning_rate=0.5))

@@ -76,7 +76,10 @@ def _translations(name: str, figures: Figures, baseline: str | None) -> str:
         rows.append([label, *(f"{score:.2f}" for score in scores)])
     signatures = figures["signatures"].items()
     lines = [f"{language}: {text}".removeprefix(": ") for language, text in signatures]
-    return "\n".join([_table(rows), *lines, "", _losses(name, figures, None)])
+    count = f"{figures['texts']:,} texts"
+    if figures["left_out"]:
+        count += f"; {figures['left_out']:,} are longer than the run's rows and left out"
+    return "\n".join([_table(rows), count, *lines, "", _losses(name, figures, None)])
 
 
 def _labels(name: str, figures: Figures, baseline: str | None) -> str:
@@ -133,7 +136,7 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = OneSentenceParser(
         prog="python -m jaxlm.evaluate",
-        description="Evaluate a model on texts, all of them.",
+        description="Evaluate a model on texts: all that fit its rows.",
         allow_abbrev=False,
     )
     parser.add_argument(

@@ -219,12 +219,14 @@ def _translation(
     beams = request.beams or BEAMS
     searches = beams if beams.num_beams > 1 else None
     bos, eos = model.tokenizer.bos_id, model.tokenizer.eos_id
-    settings = Settings(config.seq_len, Sampling(temperature=0.0), searches, [], 0, 1, eos, True)
+    length, greedily = model.config.model.max_seq_len, Sampling(temperature=0.0)
+    settings = Settings(length, greedily, searches, [], 0, 1, eos, True)
     rows = [Row([bos], pair.source) for pair in pairs]
     texts = [text for (text,) in continue_rows(model, rows, settings)]
     metrics, signatures = translation_metrics(texts, pairs)
     figures = _losses(model, config, prepared, request, report)
-    return figures | metrics | {"signatures": signatures, "texts": len(pairs)}
+    counts = {"texts": len(pairs), "left_out": sum(file.num_dropped for file in prepared.valid)}
+    return figures | metrics | {"signatures": signatures} | counts
 
 
 def _classification(

@@ -172,7 +172,10 @@ def _answers(model: LanguageModel, prompts: list, settings: dict) -> list[dict]:
     if model.config.task == "classification":
         found = classify(model, prompts)
         return [{"label": c.label, "probabilities": c.probabilities} for c in found]
-    is_search = model.config.task == "translation" and settings.keys() <= SEARCH
+    is_search = False
+    if model.config.task == "translation":
+        is_search = settings.keys() <= SEARCH
+        settings = {"max_new_tokens": model.config.model.max_seq_len} | settings
     answer = translate if is_search else generate
     return [{"text": text} for text in answer(model, prompts, **settings)]
 
@@ -226,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     add("chat", "answer as the assistant of a conversation", action="store_true")
     add("system", "what the conversation of --chat starts from")
     add("target", "translation: the language, such as de")
-    add("max_new_tokens", "tokens at most", type=int)
+    add("max_new_tokens", "tokens at most; translations as many as fit the model", type=int)
     add("temperature", "0 takes the likeliest token", type=float)
     add("top_k", "sample among the k likeliest tokens", type=int)
     add("top_p", "... among the likeliest that sum to p", type=float)

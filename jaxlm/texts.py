@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxlm.api import LanguageModel, load
 from jaxlm.beam import Beams
-from jaxlm.chat import encode_prompt, turn_end
+from jaxlm.chat import Message, encode_prompt, turn_end
 from jaxlm.continuing import ROWS_AT_ONCE, Row, Settings, continue_rows, make_settings, stream_row
 from jaxlm.errors import UserError
 from jaxlm.sampling import Sampling
@@ -231,6 +231,13 @@ def _as_prompts(prompts) -> tuple[list[str] | list[Conversation], bool]:
     return _as_list(prompts, "prompts")
 
 
+def _asked(talk: Sequence[Message], where: str) -> Sequence[Message]:
+    """A talk that an assistant can answer. Raises UserError for one that it has answered."""
+    if talk and talk[-1].role == "assistant":
+        raise UserError(f"{where} ends with the assistant's turn: leave that out to have it made")
+    return talk
+
+
 def _read(
     model: LanguageModel, prompts, target: str | None, settings: Settings
 ) -> tuple[list[Row], Settings]:
@@ -252,7 +259,7 @@ def _read(
         raise UserError(f"target={target!r} is for a translation model: leave it out")
     if chats:
         rows = [
-            encode_prompt(tokenizer, read_messages(p, f"prompts[{i}]"))
+            encode_prompt(tokenizer, _asked(read_messages(p, f"prompts[{i}]"), f"prompts[{i}]"))
             for i, p in enumerate(prompts)
         ]
     else:

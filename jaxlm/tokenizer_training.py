@@ -62,8 +62,9 @@ def train_tokenizer(
 def _too_little_text(vocab_size: int, message: str) -> UserError:
     largest = re.search(r"value <= (\d+)", message)
     remedy = "give it more text"
-    if largest and int(largest[1]) >= 300:
-        remedy += f", or set tokenizer.vocab_size to {largest[1]} or less"
+    # At its very bound it can fail again, and say so no more.
+    if largest and int(largest[1]) > 320:
+        remedy += f", or set tokenizer.vocab_size to less than {largest[1]}"
     return UserError(f"too little text to learn tokenizer.vocab_size={vocab_size} tokens: {remedy}")
 
 

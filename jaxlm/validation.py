@@ -173,7 +173,9 @@ class TranslationValidation(Validation):
 
     @property
     def question(self):
-        return "--prompt='Save the file.'"
+        languages = self._prepared.form.names
+        target = f"--target={languages[0]} " if len(languages) > 1 else ""
+        return f"{target}--prompt='Save the file.'"
 
     def run(self, params, moved):
         sums = self._sums(params, moved)
@@ -198,7 +200,7 @@ class TranslationValidation(Validation):
             (made,) = self._decoder.generate(
                 params,
                 [[self._tokenizer.bos_id]] * len(part),
-                max_new_tokens=self._config.seq_len,
+                max_new_tokens=self._config.model.max_seq_len,
                 sampling=GREEDY,
                 eos_id=self._tokenizer.eos_id,
                 sources=[pair.source for pair in part],

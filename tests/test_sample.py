@@ -7,7 +7,7 @@ import pytest
 from loaded import loaded
 
 import jaxlm
-from jaxlm import sample
+from jaxlm import sample, texts
 from jaxlm.errors import UserError
 
 SETTINGS = ["--max_new_tokens=8", "--temperature=0"]
@@ -140,3 +140,14 @@ def test_what_does_not_apply_is_one_sentence(run_of, task, arguments, words, tmp
     with pytest.raises(UserError) as error:
         run_of(task, *(argument.replace("BAD", str(bad)) for argument in arguments))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_translations_have_one_limit_however_they_are_asked_for(monkeypatch):
+    model, seen = loaded("translation"), []
+    monkeypatch.setattr(
+        texts, "continue_rows", lambda m, rows, settings: seen.append(settings) or [["x"]]
+    )
+    jaxlm.translate(model, "the fox", target="de", num_beams=1)
+    sample._answers(model, ["the fox"], {"target": "de", "num_beams": 1})
+    sample._answers(model, ["the fox"], {"target": "de", "num_beams": 1, "temperature": 0})
+    assert {s.max_new_tokens for s in seen} == {model.config.model.max_seq_len} != {128}

@@ -128,7 +128,7 @@ def test_talks_that_cannot_be_used_are_counted(run, tmp_path):
         ({"text": "a"}, "line 1 has neither messages nor prompt and completion but 'text'"),
         ({"messages": "a"}, "messages holds 'a': write a list of objects with role and content"),
         (messages(("tool", "a"), ("assistant", "b")), "turn 1: the role 'tool' is none of system"),
-        ({"messages": [{"role": "user"}]}, "turn 1 has no field 'content' but 'role'"),
+        ({"messages": [{"role": "user"}]}, "turn 1 has no 'content' but 'role': a message has"),
         (messages(("user", 7), ("assistant", "b")), "turn 1: field 'content' holds '7'"),
     ],
 )

@@ -12,6 +12,7 @@ from jaxlm.texts import classify, generate, score, translate
 
 SOURCES = ["the fox", "the lazy dog jumps over", "brown"]
 TALK = [{"role": "system", "content": "the dog"}, {"role": "user", "content": "fox?"}]
+ANSWER = {"role": "assistant", "content": "So it does."}
 
 
 def beam_texts(model, prompts, num_beams, length_penalty=1.0, sources=None, **options):
@@ -129,6 +130,8 @@ def test_a_classifier_gives_labels_and_probabilities():
         ("language_modelling", lambda m: generate(m, TALK), "no chat template"),
         ("instruction", lambda m: generate(m, [{"role": "use", "content": ""}]), "'use'"),
         ("instruction", lambda m: generate(m, [TALK, "a"]), "prompts[0] is"),
+        ("instruction", lambda m: generate(m, [*TALK, ANSWER]), "ends with the assistant's turn"),
+        ("instruction", lambda m: generate(m, [{"rol": "user"}]), "no 'role' but 'rol': a message"),
         ("instruction", lambda m: generate(m, [{**TALK[1], "content": "a " * 99}]), "no room"),
     ],
 )

@@ -107,7 +107,13 @@ def read_messages(turns: Any, where: str) -> Talk:
 
 
 def _message(turn: Mapping[str, Any], where: str) -> Message:
-    values = {name: turn[name] for name in ("role", "content") if name in turn}
+    for name in ("role", "content"):
+        if name not in turn:
+            there = ", ".join(map(repr, turn)) or "nothing"
+            raise UserError(
+                f"{where} has no {name!r} but {there}: a message has a role and content"
+            )
+    values = {name: turn[name] for name in ("role", "content")}
     record = Record(where, values, list(turn))
     role = record.text(ROLE)
     if role not in ROLES:

@@ -110,7 +110,15 @@ def _prepare(model: LanguageModel, config: Config, request: Request, report: Rep
     form = make_form(dataclasses.replace(config, data=data))
     if config.task == "classification":
         form = dataclasses.replace(form, ends=(model.prefix, model.suffix))
-    return prepare(data, TokenizerConfig(kind="file", path=str(model.source)), report, form)
+    said: set[str] = set()
+
+    def once(line: str) -> None:
+        """What is said of texts to train on is said again of the same texts to validate on."""
+        if line not in said:
+            said.add(line)
+            report(line)
+
+    return prepare(data, TokenizerConfig(kind="file", path=str(model.source)), once, form)
 
 
 def _languages(model: LanguageModel, config: Config, request: Request) -> dict[str, object]:

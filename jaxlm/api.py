@@ -18,7 +18,7 @@ from jaxlm.export.safetensors import read_tensors
 from jaxlm.export.verify import PLAIN, TRANSFORMERS, Verification, verify
 from jaxlm.loading import find_model, load_program, read_description, read_model
 from jaxlm.mesh import folded_mesh, make_mesh
-from jaxlm.sharding import check_fits
+from jaxlm.misfit import check_fits
 from jaxlm.tokenizer import Tokenizer
 
 

@@ -21,11 +21,12 @@ from jaxlm.cli import parse_config, run_command
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.mesh import batch_shards, enable_compilation_cache, make_mesh
+from jaxlm.misfit import check_fits
 from jaxlm.model_config import ModelConfig
 from jaxlm.models.build import make_model
 from jaxlm.parity import STEPS, TOLERANCE, Row, compare, measure
 from jaxlm.picture import picture, stack_pictures
-from jaxlm.sharding import check_fits, split_boxes
+from jaxlm.sharding import split_boxes
 
 SHRUNK_VOCABULARY = 1024
 LABELS = ("negative", "neutral", "positive")  # where the config leaves them to the data

@@ -25,13 +25,13 @@ from jaxlm.inputs import Inputs
 from jaxlm.liveness import Stall
 from jaxlm.loading import find_model, start_params, starting_point
 from jaxlm.mesh import batch_shards, enable_compilation_cache, make_mesh
+from jaxlm.misfit import check_fits
 from jaxlm.models import lora
 from jaxlm.monitor import Display, Meter, MetricsLog, NoLog
 from jaxlm.optim import learning_rate, make_optimizer
 from jaxlm.processes import Group, find_launch, hush_gloo, joined
 from jaxlm.profiling import Profile
 from jaxlm.run_folder import check_unchanged, claimed, with_found
-from jaxlm.sharding import check_fits
 from jaxlm.step import TrainState, build_model, build_program, micro_batches
 from jaxlm.tasks.batch import Batch
 from jaxlm.tasks.build import make_form

@@ -16,9 +16,9 @@ from jaxlm import loading
 from jaxlm.cli import build_config
 from jaxlm.errors import UserError
 from jaxlm.mesh import make_mesh
+from jaxlm.misfit import check_fits
 from jaxlm.nn import float8
 from jaxlm.nn.layers import multiply
-from jaxlm.sharding import check_fits
 
 
 def normal(*shape, seed=0, scale=1.0):

@@ -39,7 +39,7 @@ FLOORS = [
         "processes",
         "profiling",
     },
-    {"sharding"},
+    {"sharding", "misfit"},
     {"data", "optim", "parallel", "picture"},
     {"nn", "losses"},
     {"models"},

@@ -16,6 +16,7 @@ from jaxlm.decode import Sampling, build_decode_program
 from jaxlm.errors import UserError
 from jaxlm.export.stablehlo import write_stablehlo
 from jaxlm.mesh import make_mesh
+from jaxlm.misfit import check_fits
 from jaxlm.model_config import ModelConfig
 from jaxlm.models.build import make_model
 from jaxlm.models.recurrent import RecurrentModel, reverse_segments
@@ -24,7 +25,7 @@ from jaxlm.nn.attention import Places, Source
 from jaxlm.nn.layers import Dropout
 from jaxlm.optim import make_optimizer
 from jaxlm.parity import random_batch
-from jaxlm.sharding import check_fits, path_name, split_boxes
+from jaxlm.sharding import path_name, split_boxes
 from jaxlm.tasks.batch import Batch, batch_loss
 
 KINDS = ["rnn", "gru", "lstm"]

@@ -12,10 +12,10 @@ from tiny import make_program, random_batch, tiny_config
 
 from jaxlm.errors import UserError
 from jaxlm.mesh import make_mesh
+from jaxlm.misfit import check_fits
 from jaxlm.models.decoder import Decoder
 from jaxlm.sharding import (
     axes_like,
-    check_fits,
     constrain,
     make_layout,
     mesh_axes,

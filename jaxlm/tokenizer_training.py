@@ -62,9 +62,9 @@ def train_tokenizer(
 def _too_little_text(vocab_size: int, message: str) -> UserError:
     largest = re.search(r"value <= (\d+)", message)
     remedy = "give it more text"
-    # At its very bound it can fail again, and say so no more.
+    # 256 bytes, and the text's characters: what is just above them fails again.
     if largest and int(largest[1]) > 320:
-        remedy += f", or set tokenizer.vocab_size to less than {largest[1]}"
+        remedy += f", or set tokenizer.vocab_size to {largest[1]} or less"
     return UserError(f"too little text to learn tokenizer.vocab_size={vocab_size} tokens: {remedy}")
 
 

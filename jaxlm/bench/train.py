@@ -135,8 +135,9 @@ def _measure(
     config = _config(workload.settings)
     ours = COMMON | workload.settings
     settings = {OURS: ours} | {n: _told(n, ours, config) for n in workload.peers}
-    if importlib.util.find_spec("torch") is None:
-        settings = {n: told for n, told in settings.items() if n not in (EAGER, COMPILED)}
+    theirs = {EAGER, COMPILED} & settings.keys()
+    if theirs and importlib.util.find_spec("torch") is None:
+        settings = {n: told for n, told in settings.items() if n not in theirs}
         say("PyTorch is not installed, so jaxlm is measured alone: pip install 'jaxlm[bench]'")
     sides = [_start(n, device) for n in settings]
     try:

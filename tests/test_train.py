@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from jaxlm.errors import NonFiniteError, UserError
 from jaxlm.monitor import read_metrics
 from jaxlm.processes import Group
 from jaxlm.tasks.batch import Batch
-from jaxlm.validation import opening
+from jaxlm.validation import TranslationValidation, opening
 
 
 @pytest.fixture
@@ -61,6 +62,16 @@ def test_a_sample_begins_as_the_text_does_whose_continuation_is_known():
     assert opening_row(everything, [1] * 4 + [2] * 8) == [*range(4)]
     # A question of five tokens, and its answer.
     assert opening_row([0] * 4 + [1] * 8, [1] * 12) == [*range(5)]
+
+
+@pytest.mark.parametrize(
+    ("names", "target"), [((), ""), (("de",), ""), (("de", "fr"), "--target=de ")]
+)
+def test_the_command_to_try_chooses_a_language_where_there_are_several(names, target):
+    form = types.SimpleNamespace(names=names)
+    validation = types.SimpleNamespace(_prepared=types.SimpleNamespace(form=form))
+    question = TranslationValidation.question.fget(validation)
+    assert question == f"{target}--prompt='Save the file.'"
 
 
 def test_without_a_prompt_the_sample_begins_as_a_validation_text(arguments, corpus, capsys):

@@ -13,7 +13,7 @@ from jaxlm.beam import Beams
 from jaxlm.cli import OneSentenceParser, run_command
 from jaxlm.config import KINDS
 from jaxlm.errors import UserError
-from jaxlm.evaluation import BEAMS, Figures, Request, evaluate
+from jaxlm.evaluation import BEAMS, COLUMNS, Figures, Request, evaluate
 from jaxlm.tasks.confusion import confusion_picture
 from jaxlm.tasks.labels import confusion_table
 from jaxlm.values import as_tuple
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
     request = Request(
         data=_list(arguments.data),
+        columns=_columns(arguments),
         languages=_list(arguments.languages),
         task=arguments.task,
         baseline=arguments.baseline,
@@ -119,6 +120,15 @@ def _beams(num_beams: int | None, length_penalty: float | None) -> Beams | None:
     return dataclasses.replace(BEAMS, **given) if given else None
 
 
+def _columns(arguments: argparse.Namespace) -> dict[str, object]:
+    """The settings that say where records have what, of those given."""
+    given = {name: getattr(arguments, name) for name in COLUMNS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "tsv_header" in given:
+        given["tsv_header"] = given["tsv_header"] == "true"
+    return given
+
+
 def _list(text: str | None) -> tuple[str, ...]:
     """`a` or `[a,b]`, as configs have them."""
     if text is None:
@@ -145,6 +155,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", help="sources, as data.train has them; left out: the run's validation texts"
     )
+    for name, tasks in COLUMNS.items():
+        choices = ("true", "false") if name == "tsv_header" else None
+        parser.add_argument(
+            f"--data.{name}",
+            dest=name,
+            metavar=None if choices else "NAME",
+            choices=choices,
+            help=f"{', '.join(tasks)}: of --data, as in training; left out: the run's",
+        )
     parser.add_argument("--task", choices=KINDS, help="left out: the model's")
     parser.add_argument(
         "--baseline", help="ngramN, such as ngram5: fitted on the run's training texts"

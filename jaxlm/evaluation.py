@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -34,6 +34,16 @@ ROWS_PER_SHARD = 8
 BEAMS = Beams(num_beams=4, length_penalty=0.6)
 BASELINE = re.compile(r"ngram([1-9]\d*)")
 
+COLUMNS = {
+    "text_field": ("language_modelling", "classification"),
+    "label_column": ("classification",),
+    "source_column": ("translation", "instruction"),
+    "target_column": ("translation", "instruction"),
+    "language_column": ("translation",),
+    "tsv_header": ("translation", "instruction", "classification"),
+}
+"""The settings of `data` that say where a source has what, and the tasks that read them."""
+
 Figures = dict[str, object]
 Report = Callable[[str], None]
 
@@ -44,6 +54,8 @@ class Request:
 
     data: tuple[str, ...] = ()
     """Sources, as in `data.train`; empty: the validation texts of the model's run."""
+    columns: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    """Settings by the names of COLUMNS; left out: as in the model's run."""
     languages: tuple[str, ...] = ()
     """Translation: the target language of each source; empty: as in the model's run."""
     task: str | None = None
@@ -85,6 +97,12 @@ def _check(model: LanguageModel, task: str, request: Request) -> None:
             f"{model.source} is a model of task={model.config.task} and cannot be evaluated on "
             f"task={task}: leave --task out, or give another model"
         )
+    for name in request.columns:
+        if not request.data:
+            raise UserError(f"--data.{name} is for texts in --data: give them")
+        if task not in COLUMNS[name]:
+            readers = " or ".join(COLUMNS[name])
+            raise UserError(f"--data.{name} is for task={readers}, not {task}: leave it out")
     reads = {
         "--baseline": (request.baseline, "language_modelling"),
         "--languages": (request.languages, "translation"),
@@ -105,7 +123,7 @@ def _prepare(model: LanguageModel, config: Config, request: Request, report: Rep
         valid=request.data,
         valid_fraction=type(config.data).__dataclass_fields__["valid_fraction"].default,
         weights=None,
-        **_languages(model, config, request),
+        **_languages(model, config, request) | request.columns,
     )
     form = make_form(dataclasses.replace(config, data=data))
     if config.task == "classification":

@@ -193,7 +193,7 @@ class ModelConfig:
 
     def _check_read_by_kind(self):
         """Raise UserError for a field of other kinds, where the model's reads few."""
-        if not self.is_recurrent and self.kind != "ngram":
+        if self.is_bounded:
             return
         reads = RECURRENT_READS if self.is_recurrent else NGRAM_READS
         for key in sorted(self.__dataclass_fields__.keys() - {*reads}):
@@ -336,6 +336,11 @@ class ModelConfig:
     def is_recurrent(self) -> bool:
         """Whether layers step through a text with a state, instead of attending to it."""
         return self.kind in RECURRENT
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether `max_seq_len` is the longest text that can be read, not just be written."""
+        return not self.is_recurrent and self.kind != "ngram"
 
     @property
     def reads_source(self) -> bool:

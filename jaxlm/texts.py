@@ -144,7 +144,7 @@ def score(
 
     Texts are tokenised as in training, beginning-of-text first. A translation model scores
     translations, each to its end, of `sources` into the language `target`. Raises UserError for a
-    text longer than the model's `max_seq_len`.
+    text longer than a Transformer's `max_seq_len`.
     """
     texts, single = _as_list(texts, "texts")
     model = _as_model(model, mesh)
@@ -163,8 +163,9 @@ def score(
         if sources is not None or target is not None:
             raise UserError("sources and target are for a translation model: leave them out")
         rows = [[model.tokenizer.bos_id, *ids] for ids in encoded]
-    for i, row in enumerate(rows):
-        _check_length(model, f"text {i}", len(row) - 1, "split it")
+    if model.config.model.is_bounded:
+        for i, row in enumerate(rows):
+            _check_length(model, f"text {i}", len(row) - 1, "split it")
     scores: list[Score] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)

@@ -193,6 +193,24 @@ def test_translations_are_evaluated_as_they_were_validated(task_run, capsys):
     assert capsys.readouterr().out.split()[:2] == ["BLEU", "chrF"]
 
 
+def test_columns_are_named_as_in_training(monkeypatch, tmp_path, capsys):
+    stars = tmp_path / "stars.tsv"
+    stars.write_text("id\tstars\treview\n" + "1\tpositive\tfine\n2\tnegative\tawful\n" * 2)
+    model = loaded("classification")
+    model.tokenizer.save(tmp_path)
+    data = DataConfig(cache=str(tmp_path), label_column="sentiment")
+    config = dataclasses.replace(model.config, data=data)
+    model = dataclasses.replace(model, config=config, source=tmp_path)
+    monkeypatch.setattr(evaluate, "load", lambda *_, **__: model)
+    names = {"tsv_header": "true", "label_column": "stars", "text_field": "review"}
+    options = [f"--data.{name}={value}" for name, value in names.items()]
+    evaluate.main(["run", f"--data={stars}", "--json", *options])
+    found = json.loads(capsys.readouterr().out)
+    assert np.sum(found["confusion"], axis=1).tolist() == [2, 0, 2]
+    with pytest.raises(UserError, match="'sentiment'"):
+        evaluate.main(["run", f"--data={stars}", "--data.tsv_header=true"])
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_translations_are_evaluated_as_translate_makes_them(monkeypatch, tmp_path, beams):
     data = tmp_path / "a.tsv"
@@ -244,6 +262,8 @@ def test_languages_are_told_by_their_option(monkeypatch, tmp_path):
         (["--picture=x.png"], "an SVG file"),
         (["--task=instruction", "--baseline=ngram2"], "is for task=language_modelling"),
         (["--data=nowhere.txt"], "no such file"),
+        (["--data.text_field=x"], "--data.text_field is for texts in --data"),
+        (["--data=stdlib", "--data.target_column=x"], "is for task=translation or instruction"),
         (["--limit=0"], "above 0"),
         (["--picture=x.svg"], "is for task=classification"),
         (["--tsk=x"], "unrecognized"),

@@ -102,6 +102,14 @@ def test_scores_follow_the_chain_rule(fitted_run):
         assert long.token_logprobs[i - 1] == pytest.approx(math.log(following[token]), abs=1e-6)
 
 
+def test_a_text_of_any_length_has_a_score(fitted_run):
+    model = jaxlm.load(fitted_run)
+    text = "abc " * model.config.model.max_seq_len
+    scored = jaxlm.score(model, text)
+    assert len(scored.tokens) > model.config.model.max_seq_len
+    assert math.isfinite(scored.logprob)
+
+
 def test_generation_has_the_settings_of_other_models(fitted_run):
     model = jaxlm.load(fitted_run)
     options = {"max_new_tokens": 12, "seed": 5}

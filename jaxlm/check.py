@@ -23,7 +23,7 @@ from jaxlm.errors import UserError
 from jaxlm.mesh import batch_shards, enable_compilation_cache, make_mesh
 from jaxlm.misfit import check_fits
 from jaxlm.model_config import ModelConfig
-from jaxlm.models.build import make_model
+from jaxlm.models.build import param_shapes
 from jaxlm.parity import STEPS, TOLERANCE, Row, compare, measure
 from jaxlm.picture import picture, stack_pictures
 from jaxlm.sharding import split_boxes
@@ -107,7 +107,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _draw(path: str, config: Config, meshes: list[Mesh]) -> None:
     if not path.endswith(".svg"):
         raise UserError(f"--draw={path} is not the name of an SVG file: give one such as mesh.svg")
-    boxed = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
+    boxed = param_shapes(config.model)
     batch = config.train.batch_size, config.seq_len
     pictures = [picture(*split_boxes(boxed), batch, mesh) for mesh in meshes]
     try:

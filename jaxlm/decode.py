@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm.beam import Beams, Hypothesis, hypotheses, search
 from jaxlm.losses import blocked_token_nll
 from jaxlm.mesh import FOLDED, batch_shards, folded_mesh
+from jaxlm.models.build import param_shapes
 from jaxlm.models.stack import unstack
 from jaxlm.nn.attention import Places, Source
 from jaxlm.parallel.pipeline import Schedule
@@ -145,9 +146,8 @@ class DecodeProgram:
         limits = np.minimum(max_new_tokens, longest - prompt.lengths).astype(np.int32)
         settings = (beams.numbers(), _id(eos_id), limits), _id(never_id)
         found = self._search(beams.num_beams, bucket(int(limits.max())), params, prompt, *settings)
-        return [hypotheses(*row, eos_id) for row in zip(*to_host(found), strict=True)][
-            : len(prompts)
-        ]
+        best = [hypotheses(*row, eos_id) for row in zip(*to_host(found), strict=True)]
+        return best[: len(prompts)]
 
     def score(
         self, params, texts: list[list[int]], sources: list[list[int]] | None = None
@@ -335,7 +335,7 @@ def build_decode_program(model, mesh: Mesh) -> DecodeProgram:
     itself takes `folded_mesh(mesh)`.
     """
     folded = folded_mesh(mesh)
-    params, axes = split_boxes(jax.eval_shape(model.init, jax.random.key(0)))
+    params, axes = split_boxes(param_shapes(model.config))
     depths = {name: jax.tree.leaves(params[name])[0].shape[0] for name in model.stacks}
     orders = {name: model.schedule.order(depth) for name, depth in depths.items()}
     is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731

@@ -34,7 +34,7 @@ from jaxlm.export.model import Model, text_ends
 from jaxlm.mesh import make_mesh
 from jaxlm.model_config import ModelConfig
 from jaxlm.models import lora
-from jaxlm.models.build import make_model
+from jaxlm.models.build import make_model, param_shapes
 from jaxlm.models.head import HEADS, LABEL_HEAD, POOLER
 from jaxlm.models.ngram import Ngram
 from jaxlm.run_folder import find_step
@@ -162,7 +162,7 @@ def start_params(
 
 
 def _layout(model, mesh: Mesh) -> Layout:
-    boxed = jax.eval_shape(model.init, jax.random.key(0))
+    boxed = param_shapes(model.config)
     return make_layout(*split_boxes(boxed), mesh, model.schedule.order(model.config.num_layers))
 
 
@@ -186,7 +186,7 @@ def _read(folder: Path, config: ModelConfig, targets: dict, average: bool = True
 def _read_merged(folder: Path, run: Config, targets: dict, key: str, spare: tuple[str, ...]):
     """Like `_read`, of a checkpoint of adapters."""
     seed = jax.random.key(0)
-    boxed = jax.eval_shape(make_model(run.model).init, seed)
+    boxed = param_shapes(run.model)
     draw = functools.partial(lora.init_adapters, run.lora, boxed, seed)
     mesh = jax.tree.leaves(targets)[0].sharding.mesh
     adapters = make_layout(*split_boxes(jax.eval_shape(draw)), mesh).exact

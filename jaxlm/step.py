@@ -13,7 +13,7 @@ from jaxlm.config import Config
 from jaxlm.losses import LossSums
 from jaxlm.mesh import batch_shards
 from jaxlm.models import lora
-from jaxlm.models.build import make_model
+from jaxlm.models.build import make_model, param_shapes
 from jaxlm.nn import moe
 from jaxlm.nn.layers import Dropout
 from jaxlm.parallel.pipeline import make_schedule
@@ -248,7 +248,7 @@ class Plan:
 def plan_state(model, make_optimizer: Callable, config: Config, mesh: Mesh) -> Plan:
     """Plan what trains, what is frozen, and where all of it lies."""
     key = jax.random.key(config.seed)
-    boxed = jax.eval_shape(model.init, key)
+    boxed = param_shapes(model.config)
     params, axes = split_boxes(boxed)
     draw = functools.partial(lora.init_adapters, config.lora, boxed, key)
     adapters, adapter_axes = split_boxes(jax.eval_shape(draw))

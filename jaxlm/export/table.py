@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from jaxlm.errors import UserError
 from jaxlm.export.rows import REQUIRED, Part, Setting, Tensor
 from jaxlm.model_config import ExpertsConfig, ModelConfig
-from jaxlm.models.build import make_model
+from jaxlm.models.build import param_shapes
 from jaxlm.sharding import path_name, split_boxes
 
 # What a checkpoint does not record: how to train and run, not what is computed.
@@ -233,7 +233,7 @@ def _counted(row: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter by its path."""
-    params, _ = split_boxes(jax.eval_shape(make_model(config).init, jax.random.key(0)))
+    params, _ = split_boxes(param_shapes(config))
     return {path: leaf.shape for path, leaf in by_path(params).items()}
 
 

@@ -1,5 +1,9 @@
 """Which model a configuration is of."""
 
+import functools
+
+import jax
+
 from jaxlm.errors import UserError
 from jaxlm.model_config import RECURRENT, ModelConfig
 from jaxlm.models.decoder import Decoder
@@ -22,3 +26,9 @@ def make_model(config: ModelConfig, schedule: Schedule = Schedule()):  # noqa: B
     kinds = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
     kinds |= dict.fromkeys(RECURRENT, RecurrentModel)
     return kinds[config.kind](config, schedule)
+
+
+@functools.lru_cache(maxsize=64)
+def param_shapes(config: ModelConfig) -> dict:
+    """What `init` of a model gives, as shapes, boxed with their logical axes; traced once."""
+    return jax.eval_shape(make_model(config).init, jax.random.key(0))

@@ -112,6 +112,9 @@ class TrainConfig:
     class_weights: Weights | Literal["balanced"] | None = None
     """classification: factor on each label's loss, or balanced: all labels' losses sum to the same;
     null: 1."""
+    mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """masked_language_modelling: share of tokens to predict; of these 80 % are masked and 10 % are
+    replaced by another (Devlin et al., 2019)."""
     loss_block: Count = 64
     """Positions of each row whose logits are held at a time."""
     eval_every: Natural = 40
@@ -196,6 +199,7 @@ KINDS = {
     "translation": ("encoder_decoder", "rnn", "gru", "lstm"),
     "instruction": ("decoder", "rnn", "gru", "lstm"),
     "classification": ("encoder", "decoder"),
+    "masked_language_modelling": ("encoder",),
 }
 
 
@@ -203,11 +207,15 @@ KINDS = {
 class Config:
     """One experiment."""
 
-    task: Literal["language_modelling", "translation", "instruction", "classification"] = (
-        "language_modelling"
-    )
+    task: Literal[
+        "language_modelling",
+        "translation",
+        "instruction",
+        "classification",
+        "masked_language_modelling",
+    ] = "language_modelling"
     """What is learnt: the next token of texts; a target text from a source text; the answers to
-    prompts; a text's label."""
+    prompts; a text's label; tokens of texts from what is around them."""
     mesh: str = "dp"
     """Devices by axis, such as dp4,tp2; one axis may be open (dp,tp2: dp takes what is left)."""
     out: PathText | None = None
@@ -233,7 +241,8 @@ class Config:
         kinds = KINDS[self.task]
         if self.model.kind not in kinds:
             tasks = ", ".join(task for task in KINDS if self.model.kind in KINDS[task])
-            preset = "transformer-tiny" if self.task == "translation" else "llama-tiny"
+            presets = {"translation": "transformer-tiny", "masked_language_modelling": "bert-tiny"}
+            preset = presets.get(self.task, "llama-tiny")
             raise UserError(
                 f"task={self.task} cannot train model.kind={self.model.kind}: use one of the kinds "
                 f"{', '.join(kinds)}, such as model.preset={preset}, or a task of that kind "
@@ -266,17 +275,24 @@ class Config:
         check_read(
             "data",
             self.data,
-            text_field=task("language_modelling", "classification"),
+            text_field=task("language_modelling", "classification", "masked_language_modelling"),
             source_column=pairs,
             target_column=pairs,
             label_column=classification,
-            tsv_header=task("translation", "instruction", "classification"),
+            tsv_header=(self.task != "language_modelling", "a task with records"),
             languages=translation,
             valid_languages=translation,
             language_column=translation,
             source_len=translation,
         )
-        check_read("train", self.train, class_weights=classification)
+        masked = task("masked_language_modelling")
+        check_read("train", self.train, class_weights=classification, mask_rate=masked)
+        if masked[0] and (self.model.labels is not None or self.model.pooler):
+            labels, pooler = show(self.model.labels), show(self.model.pooler)
+            raise UserError(
+                f"model.labels={labels} and model.pooler={pooler} have no effect with {masked[1]}, "
+                "which predicts tokens: set them to null and false"
+            )
 
     def _check_ngram(self):
         """N-grams are counted once, each as often as it occurs, by one process on its host."""
@@ -309,6 +325,11 @@ class Config:
     def seq_len(self) -> int:
         """Tokens in a training row, resolved."""
         return self.data.seq_len or self.model.max_seq_len
+
+    @property
+    def predicted(self) -> float:
+        """Share of a row's tokens for which logits are computed."""
+        return self.train.mask_rate if self.task == "masked_language_modelling" else 1.0
 
     @property
     def source_len(self) -> int:

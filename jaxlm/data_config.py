@@ -30,8 +30,8 @@ class DataConfig:
     valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of documents held out (by a hash of the text) where data.valid is empty."""
     text_field: str = "text"
-    """The field that holds the text in JSON lines, Parquet and datasets (classification: also in
-    TSV, there a number from 1, if it is not column 2)."""
+    """The field that holds the text in JSON lines, Parquet and datasets (classification and masked
+    language modelling: also in TSV, there a number from 1, if it is not column 2)."""
     source_column: Text | None = None
     """translation, instruction: the source's field, or its number in TSV; null: source (prompt) and
     column 1."""

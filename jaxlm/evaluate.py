@@ -52,6 +52,7 @@ def report(name: str, figures: Figures, baseline: str | None = None) -> str:
         "instruction": _losses,
         "translation": _translations,
         "classification": _labels,
+        "masked_language_modelling": _masked,
     }[figures["task"]](name, figures, baseline)
 
 
@@ -89,6 +90,14 @@ def _labels(name: str, figures: Figures, baseline: str | None) -> str:
     line = ", ".join([*parts, f"loss {figures['valid_loss']:.4f} nats/text"])
     table = confusion_table(np.array(figures["confusion"]), list(figures["labels"]))
     return f"{name}: {line}\n{figures['texts']:,} texts\n\n{table}"
+
+
+def _masked(name: str, figures: Figures, baseline: str | None) -> str:
+    loss, perplexity = figures["valid_loss"], figures["valid_perplexity"]
+    return (
+        f"{name}: loss {loss:.4f} nats/token, perplexity {perplexity:.2f}\n"
+        f"{figures['tokens']:,} hidden tokens"
+    )
 
 
 def _table(rows: list[list[str]]) -> str:

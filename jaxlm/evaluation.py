@@ -35,12 +35,17 @@ BEAMS = Beams(num_beams=4, length_penalty=0.6)
 BASELINE = re.compile(r"ngram([1-9]\d*)")
 
 COLUMNS = {
-    "text_field": ("language_modelling", "classification"),
+    "text_field": ("language_modelling", "classification", "masked_language_modelling"),
     "label_column": ("classification",),
     "source_column": ("translation", "instruction"),
     "target_column": ("translation", "instruction"),
     "language_column": ("translation",),
-    "tsv_header": ("translation", "instruction", "classification"),
+    "tsv_header": (
+        "translation",
+        "instruction",
+        "classification",
+        "masked_language_modelling",
+    ),
 }
 """The settings of `data` that say where a source has what, and the tasks that read them."""
 
@@ -92,6 +97,7 @@ def _check(model: LanguageModel, task: str, request: Request) -> None:
     """Raise UserError for a task that the model cannot do, and for what the task does not read."""
     kind, labels = model.config.model.kind, model.config.model.labels
     fits = kind in KINDS[task] and (task == "translation") == model.config.model.reads_source
+    fits &= task != "masked_language_modelling" or not model.config.model.pooler
     if not fits or (task == "classification") != (labels is not None):
         raise UserError(
             f"{model.source} is a model of task={model.config.task} and cannot be evaluated on "
@@ -268,9 +274,17 @@ def _classification(
     }
 
 
+def _masked(
+    model: LanguageModel, config: Config, prepared: Prepared, request: Request, report: Report
+) -> Figures:
+    sums, _ = _sums(model, config, prepared)
+    return loss_metrics(float(sums.nats), float(sums.weight)) | {"tokens": int(sums.weight)}
+
+
 TASKS = {
     "language_modelling": _language_modelling,
     "translation": _translation,
     "instruction": _losses,
     "classification": _classification,
+    "masked_language_modelling": _masked,
 }

@@ -18,14 +18,19 @@ PEAK_FLOPS = {
 
 
 def training_flops_per_token(
-    config: ModelConfig, seq_len: int, frozen: bool = False, causal: bool = False
+    config: ModelConfig,
+    seq_len: int,
+    frozen: bool = False,
+    causal: bool = False,
+    predicted: float = 1.0,
 ) -> float:
     """FLOPs of forward and backward per token, as PaLM counts them (Chowdhery et al., 2022).
 
     Six for every weight of a matrix product (the head's, never the embedding lookup's) and
     attention in full, or, `causal`, without the half that a decoder masks. An encoder-decoder's are
     those per token of a target whose source is as long. Four for every weight where those are
-    `frozen`: they get no gradient, and adapters beside them are too few to count.
+    `frozen`: they get no gradient, and adapters beside them are too few to count. The head's count
+    for the share of tokens that is `predicted`.
     """
     c = config
     if c.is_recurrent:
@@ -45,7 +50,7 @@ def training_flops_per_token(
     head = c.d_model * (c.vocab_size if c.labels is None else len(c.labels))
     if c.pooler and c.labels is not None:
         head += c.d_model**2
-    weights = (4.0 if frozen else 6.0) * (layers + head)
+    weights = (4.0 if frozen else 6.0) * (layers + predicted * head)
     attended = 12 * attentions * c.num_heads * c.head_size * seq_len
     return weights + (attended / 2 if causal else attended)
 

@@ -72,6 +72,11 @@ def _training_misfit(config: Config, sizes: dict[str, int]) -> str | None:
             f"{axis} cannot split model.kind=encoder_decoder, which has two stacks of layers and "
             "two kinds of rows: use dp, fsdp or tp"
         )
+    if config.task == "masked_language_modelling" and cp > 1:
+        return (
+            f"cp={cp} splits rows, whose tokens to predict task={config.task} puts together: use "
+            "dp, fsdp, tp or pp"
+        )
     if config.seq_len % (2 * cp) and cp > 1:
         name = "data.seq_len" if config.data.seq_len else "model.max_seq_len"
         return (

@@ -36,7 +36,7 @@ def random_batch(config: Config, seed: int = 0) -> Batch:
     """Rows packed with texts of random lengths, some with padding behind the last.
 
     Of a translation, rows of sources go with them, a text for each; of a classification, labels
-    where the head reads.
+    where the head reads; masked, some tokens of each row are targets.
     """
     rng = np.random.default_rng(seed)
     shape = config.train.batch_size, config.seq_len + 1
@@ -61,6 +61,18 @@ def random_batch(config: Config, seed: int = 0) -> Batch:
             batch,
             targets=np.where(read, labels, 0).astype(np.int32),
             weights=read.astype(np.float32),
+        )
+    if config.task == "masked_language_modelling":
+        count = max(1, round(config.train.mask_rate * config.seq_len))
+        reads = np.sort(
+            rng.permuted(np.tile(np.arange(config.seq_len), (shape[0], 1)), axis=1)[:, :count]
+        )
+        pick = lambda x: np.take_along_axis(x, reads, axis=1)  # noqa: E731
+        batch = dataclasses.replace(
+            batch,
+            targets=pick(batch.targets),
+            weights=(pick(batch.segment_ids) > 0).astype(np.float32),
+            reads=reads.astype(np.int32),
         )
     return batch
 

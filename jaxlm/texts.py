@@ -303,5 +303,9 @@ def _check_length(model: LanguageModel, what: str, length: int, remedy: str) -> 
 def _check_task(model: LanguageModel, function: str, *tasks: str) -> None:
     """Raise UserError where a function is of no use with a model."""
     if (task := model.config.task) not in tasks:
-        better = {"classification": "classify", "translation": "translate"}.get(task, "generate")
-        raise UserError(f"jaxlm.{function} takes no model of task={task}: use jaxlm.{better}")
+        better = {
+            "classification": "use jaxlm.classify",
+            "translation": "use jaxlm.translate",
+            "masked_language_modelling": "fine-tune it first (--task=classification --init_from)",
+        }.get(task, "use jaxlm.generate")
+        raise UserError(f"jaxlm.{function} takes no model of task={task}: {better}")

@@ -213,8 +213,8 @@ class Trainer:
         if self.group.is_first and (line := self.validation.closing()):
             self.display.line(line)
         self.display.line(
-            f"done: step {self.step} saved in {self.run_folder}; try python -m jaxlm.sample "
-            f"{self.run_folder} {self.validation.question}"
+            f"done: step {self.step} saved in {self.run_folder}; try "
+            f"{self.validation.suggestion(self.run_folder)}"
         )
         return 0
 
@@ -232,7 +232,9 @@ class Trainer:
     def _meter(self) -> Meter:
         config, mesh = self.config, self.program.mesh
         length, frozen = config.seq_len, config.lora is not None
-        per_token = training_flops_per_token(config.model, length, frozen)
+        per_token = training_flops_per_token(
+            config.model, length, frozen, predicted=config.predicted
+        )
         peak = peak_flops(mesh.devices.flat[0].device_kind, self.model.dtype.name)
         return Meter(
             self.log,

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -50,6 +51,10 @@ class Validation:
     def question(self) -> str:
         """What to ask the trained model by `python -m jaxlm.sample`."""
         raise NotImplementedError
+
+    def suggestion(self, run_folder: Path) -> str:
+        """A command that does something with the trained model."""
+        return f"python -m jaxlm.sample {run_folder} {self.question}"
 
     def closing(self) -> str | None:
         """A line for the end of the run: what the last metrics can be compared with."""
@@ -229,9 +234,29 @@ class LabelValidation(Validation):
         return metrics, [line, *(f"  {row}" for row in table.splitlines())]
 
 
+class MaskedValidation(Validation):
+    """Of masked language modelling: the loss of hidden tokens."""
+
+    def run(self, params, moved):
+        sums = self._sums(params, moved)
+        metrics = loss_metrics(float(sums.nats), float(sums.weight))
+        line = (
+            f"validation loss {metrics['valid_loss']:.4f} nats/hidden token, perplexity "
+            f"{metrics['valid_perplexity']:.2f}"
+        )
+        return metrics, [line]
+
+    def suggestion(self, run_folder):
+        return (
+            f"python -m jaxlm.train --task=classification --init_from={run_folder} "
+            "--data.train=LABELLED.tsv"
+        )
+
+
 VALIDATIONS = {
     "language_modelling": TextValidation,
     "instruction": TextValidation,
     "translation": TranslationValidation,
     "classification": LabelValidation,
+    "masked_language_modelling": MaskedValidation,
 }

@@ -26,12 +26,12 @@ def token_file(folder, lengths, first=1):
     return TokenFile(folder)
 
 
-def reference_rows(lengths, seq_len):
+def reference_rows(lengths, seq_len, ahead):
     """(token, segment, position) of every place of every row, one token at a time."""
     stream = [(d, 1) for d, length in enumerate(lengths) for _ in range(length)]
-    for start in range(0, len(stream) - 1, seq_len):
+    for start in range(0, len(stream) - ahead, seq_len):
         row, segment, position, previous = [], 0, 0, None
-        for place in range(start, start + seq_len + 1):
+        for place in range(start, start + seq_len + ahead):
             if place >= len(stream):
                 row.append((0, 0, 0))
                 continue
@@ -47,16 +47,18 @@ def reference_rows(lengths, seq_len):
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12).filter(lambda n: sum(n) > 1),
     seq_len=st.integers(1, 9),
+    ahead=st.integers(0, 1),
 )
-def test_rows_match_the_reference(tmp_path_factory, lengths, seq_len):
-    rows = Rows(token_file(tmp_path_factory.mktemp("t") / "f", lengths), seq_len)
+def test_rows_match_the_reference(tmp_path_factory, lengths, seq_len, ahead):
+    rows = Rows(token_file(tmp_path_factory.mktemp("t") / "f", lengths), seq_len, ahead)
     found = [
         list(zip(*(row[k].tolist() for k in ("tokens", "segment_ids", "positions")), strict=True))
         for row in rows
     ]
-    assert found == list(reference_rows(lengths, seq_len))
-    targets = [token for row in found for token, _, _ in row[1:] if token]
-    assert targets == list(range(2, sum(lengths) + 1)), "every token but the first, once"
+    assert found == list(reference_rows(lengths, seq_len, ahead))
+    targets = [token for row in found for token, _, _ in row[ahead:] if token]
+    assert targets == list(range(1 + ahead, sum(lengths) + 1)), "every token but the first, once"
+    assert rows.most_segments == max(len({segment for _, segment, _ in row}) for row in found)
     assert {a.dtype for a in rows[0].values()} == {np.dtype(np.int32)}
     most = max(len(set(row["segment_ids"][:-1].tolist())) for row in rows)
     assert most <= rows.most_segments <= most + 1, "the token behind a row may begin one more"
@@ -94,7 +96,8 @@ def test_every_row_once_an_epoch_in_a_new_order(files):
 
 def test_batches_have_the_shape_and_the_content_of_rows(files):
     rows = {int(row["tokens"][0]): row for file in files for row in Rows(file, 8)}
-    for batch in islice(training_batches(**arguments(files)), 5):
+    for step, batch in enumerate(islice(training_batches(**arguments(files)), 5)):
+        assert batch.pop("number").tolist() == [*range(6 * step, 6 * step + 6)]
         for name, array in batch.items():
             assert (array.shape, array.dtype) == ((6, 9), np.int32)
             expected = [rows[int(first)][name] for first in batch["tokens"][:, 0]]

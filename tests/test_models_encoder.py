@@ -113,7 +113,7 @@ def outputs(config: ModelConfig, params, tokens, places, dropout=None):
 
 
 ROTARY = ModelConfig(**{**SIZE, "num_kv_heads": 2}, kind="encoder", pooling="first")
-MEAN = ModelConfig(**{**SIZE, "num_kv_heads": 2}, kind="encoder")
+MEAN = ModelConfig(**{**SIZE, "num_kv_heads": 2} | LABELS, kind="encoder")
 
 
 def test_packed_texts_read_and_pool_like_texts_alone():
@@ -138,7 +138,7 @@ def test_it_reads_in_both_directions():
 
 
 def test_dropout_falls_on_what_is_pooled():
-    config = ModelConfig(**{**SIZE, "num_kv_heads": 2, "dropout": 0.5}, kind="encoder")
+    config = dataclasses.replace(MEAN, dropout=0.5)
     drop = Dropout(jax.random.key(0), jnp.arange(18, dtype=jnp.uint32).reshape(2, 9))
     out = outputs(config, drawn(MEAN), TOKENS, places_of(SEGMENTS), drop)
     assert 0.3 < np.mean(np.asarray(out) == 0) < 0.7
@@ -171,9 +171,11 @@ def test_a_decoder_with_labels_is_that_of_transformers():
 
 
 def test_without_labels_there_is_no_classifier():
-    model = make_model(ROTARY)
-    assert "classifier" not in drawn(ROTARY)
+    model, params = make_model(ROTARY), drawn(ROTARY)
+    assert "classifier" not in params and "head" not in params
+    hidden = jnp.eye(WIDTH)[None]
+    assert_close(model.logits(params, hidden)[0], params["embed"]["embedding"].T)
     with pytest.raises(UserError, match="labels is not set"):
-        model.logits(drawn(ROTARY), jnp.zeros((1, 1, WIDTH)))
+        make_model(dataclasses.replace(ROTARY, pooler=True)).logits(params, hidden)
     with pytest.raises(UserError, match="generates none"):
         model.init_cache(1, 4)

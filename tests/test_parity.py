@@ -38,7 +38,15 @@ MORE_OTHERS = [
     "dp2,tp2 t5 accumulation",
     "dp2,fsdp2,tp2 marian",
 ]
-MORE_OTHERS += ["dp8 bert", "fsdp8 bert", "tp3 bert", "pp2,cp2,tp2 bert", "dp2,fsdp2,tp2 scores"]
+MORE_OTHERS += [
+    "dp2,fsdp2,tp2 masked",
+    "pp2,tp2,dp2 masked",
+    "dp8 bert",
+    "fsdp8 bert",
+    "tp3 bert",
+    "pp2,cp2,tp2 bert",
+    "dp2,fsdp2,tp2 scores",
+]
 MESHES = DENSE + EXPERTS + OTHERS
 MORE = MORE_DENSE + MORE_EXPERTS + MORE_OTHERS
 MESHES += [pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE]
@@ -73,6 +81,7 @@ KINDS = {
         | {"embedding_norm": True, "token_types": 2},
     ),
     "scores": ("classification", LABELS),
+    "masked": ("masked_language_modelling", {"kind": "encoder"}),
 }
 COMPARED = ("loss", "grad_norm", "balance_loss", "router_z_loss", "expert_load_max", "dropped")
 STEPS = 3

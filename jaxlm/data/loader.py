@@ -17,28 +17,31 @@ READER_THREADS = 2
 
 
 class Rows(Sequence):
-    """The stream of a token file, cut into rows that overlap by one token.
+    """The stream of a token file, cut into rows that overlap by `ahead` tokens.
 
-    Row r has the tokens from r * seq_len to r * seq_len + seq_len, the last one included, so that
-    each token but the stream's first is the target of exactly one row. The last row is padded.
+    Row r has seq_len + ahead tokens from r * seq_len on. With one ahead, each token but the
+    stream's first is the target of exactly one row. The last row is padded.
     """
 
-    def __init__(self, token_file: TokenFile, seq_len: int):
+    def __init__(self, token_file: TokenFile, seq_len: int, ahead: int = 1):
         self._file = token_file
         self.seq_len = seq_len
+        self._ahead = ahead
+        self._size = seq_len + ahead
 
     def __len__(self) -> int:
-        return -(-(self._file.num_tokens - 1) // self.seq_len)
+        return -(-(self._file.num_tokens - self._ahead) // self.seq_len)
 
     @property
     def most_segments(self) -> int:
         """How many segments a row has at most, padding counted."""
         # The end of the stream, where padding begins, is an offset as well.
-        begins = np.arange(len(self) + 1) * self.seq_len + 1
-        return int(np.diff(np.searchsorted(self._file.offsets, begins)).max(initial=0)) + 1
+        begins = np.arange(len(self)) * self.seq_len
+        first, last = (np.searchsorted(self._file.offsets, begins + n) for n in (1, self._size))
+        return int((last - first).max(initial=0)) + 1
 
     def __getitem__(self, index: int) -> Row:
-        """Row `index` as int32 [seq_len + 1] arrays.
+        """Row `index` as int32 [seq_len + ahead] arrays.
 
         `segment_ids` number the documents in the row from 1 (0 is padding); `positions` count from
         0 in each, also where the row begins inside a document.
@@ -46,9 +49,9 @@ class Rows(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         start = index * self.seq_len
-        stream = self._file.tokens[start : start + self.seq_len + 1]
+        stream = self._file.tokens[start : start + self._size]
         names = ("tokens", "segment_ids", "positions")
-        row = {name: np.zeros(self.seq_len + 1, np.int32) for name in names}
+        row = {name: np.zeros(self._size, np.int32) for name in names}
         size = len(stream)
         offsets = self._file.offsets
         first, last = np.searchsorted(offsets, [start + 1, start + size])
@@ -71,7 +74,8 @@ def training_batches(
     rows: Sequence[int] | None = None,
     prefetch: int = 4,
 ) -> Iterator[Row]:
-    """Endless batches: the arrays of rows with a dimension of `batch_size` before theirs.
+    """Endless batches: the arrays of rows with a dimension of `batch_size` before theirs, and
+    `number`, int64 [batch_size], which says how many rows were before each.
 
     `sources` are sequences of rows, such as `Rows`, with a `seq_len` for messages. In every epoch
     each row comes once, in a new order. With `weights`, each source has its own epochs, and rows
@@ -123,7 +127,8 @@ def validation_batches(
     for batch in range(min(num_batches, limit or num_batches)):
         places = (batch * batch_size + row for row in wanted)
         chosen = [stream[r] if r < len(stream) else padding for r in places]
-        yield {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
+        arrays = {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
+        yield arrays | {"number": batch * batch_size + np.array(wanted)}
 
 
 class _Part(Sequence):
@@ -139,4 +144,5 @@ class _Part(Sequence):
 
     def __getitem__(self, index: int) -> Row:
         batch, place = divmod(index, len(self._wanted))
-        return self._stream[batch * self._batch_size + self._wanted[place]]
+        number = batch * self._batch_size + self._wanted[place]
+        return self._stream[number] | {"number": np.int64(number)}

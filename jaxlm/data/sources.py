@@ -11,6 +11,7 @@ from jaxlm.data.files import list_files, open_file, readable
 from jaxlm.data.records import (
     JSON_LINES,
     PARQUET,
+    TSV,
     Column,
     Counts,
     Record,
@@ -27,21 +28,34 @@ MIN_CUT_BYTES = 2 << 10
 LARGEST_SHARE = 1 / 64
 
 
-def read_documents(spec: str, data: DataConfig, counts: Counts) -> Iterator[str]:
+def text_column(data: DataConfig) -> Column:
+    """The column of the texts, in a TSV without a header the second."""
+    # Its usual name names no column of such a TSV.
+    return Column(
+        "text", "data.text_field", None if data.text_field == "text" else data.text_field, 2
+    )
+
+
+def read_documents(
+    spec: str, data: DataConfig, counts: Counts, tables: bool = False
+) -> Iterator[str]:
     """The documents of one source, in a fixed order; empty ones are left out.
 
     A plain text file is a document (above `max_document_bytes` several, cut at line ends), and so
-    is every row of JSON lines, Parquet and datasets. With `data.on_bad=skip`, documents that are
-    null or have invalid UTF-8 are left out and counted in `counts`.
+    is every row of JSON lines, Parquet and datasets and, with `tables`, of TSV. With
+    `data.on_bad=skip`, documents that are null or have invalid UTF-8 are left out and counted in
+    `counts`.
 
     Raises UserError for a source that does not exist, a damaged file, a row without the text, and,
     with `data.on_bad=error`, invalid UTF-8 or null.
     """
-    column = Column("text", "data.text_field", data.text_field)
+    column = text_column(data)
     if spec.startswith("hf:"):
         records = dataset_records(spec, [column])
     else:
-        records = _file_records(spec, data, column)
+        records = _file_records(
+            spec, data, column, (*JSON_LINES, *PARQUET, *(TSV if tables else ()))
+        )
     texts = usable(records, lambda record: record.text(column, empty=True), data, counts)
     yield from filter(None, texts)
 
@@ -60,11 +74,13 @@ def max_document_bytes(spec: str, data: DataConfig) -> int:
     return min(MAX_DOCUMENT_BYTES, max(MIN_CUT_BYTES, int(size * LARGEST_SHARE)))
 
 
-def _file_records(spec: str, data: DataConfig, column: Column) -> Iterator[Record]:
+def _file_records(
+    spec: str, data: DataConfig, column: Column, endings: tuple[str, ...]
+) -> Iterator[Record]:
     max_bytes = max_document_bytes(spec, data)
     for path in list_files(spec):
         with readable(path):
-            if path.name.lower().endswith((*JSON_LINES, *PARQUET)):
+            if path.name.lower().endswith(endings):
                 yield from file_records(path, data, [column])
             else:
                 yield from _plain_records(path, max_bytes, column)

@@ -1,4 +1,4 @@
-"""The bidirectional encoder: BERT and RoBERTa by its fields, as a classifier or for its output."""
+"""The bidirectional encoder: BERT and RoBERTa by its fields, to classify, or to predict tokens."""
 
 import dataclasses
 
@@ -17,9 +17,10 @@ from jaxlm.sharding import constrain
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A classifier of texts (Devlin et al., 2019). Pure: parameters are given.
+    """A reader of texts (Devlin et al., 2019). Pure: parameters are given.
 
-    Its parameters are the trunk's and, with `labels` or a `pooler`, a `classifier`.
+    Its parameters are the trunk's and, with `labels` or a `pooler`, a `classifier`; without, its
+    logits are those of the vocabulary, by the table of the embeddings.
     """
 
     config: ModelConfig
@@ -53,14 +54,16 @@ class Encoder:
         cache: None = None,
         source: Source | None = None,
     ):
-        """(pooled [B, T, D], the sums of mixtures of experts, None).
+        """(hidden [B, T, D], the sums of mixtures of experts, None).
 
-        With pooling=first it is the last layer's output, and a text's first token has what its
-        classifier reads; with pooling=mean every token has the mean over its text.
+        That is the last layer's output. Of a classifier, a text's first token has what its head
+        reads or, with pooling=mean, every token, which is the mean over its text.
         """
         if cache is not None or source is not None:
             raise ValueError("an encoder alone has no cache and reads no source")
         x, sums, _ = self._trunk().run(params, tokens_bt, places, dropout)
+        if self.config.labels is None:
+            return x, sums, None
         if self.config.pools == "mean":
             x = mean_by_segment(x, segments_of(places))
         if dropout is not None:
@@ -68,8 +71,8 @@ class Encoder:
         return x, sums, None
 
     def logits(self, params, hidden_btd):
-        """Logits of the labels [B, T, number of labels], float32, for every position."""
-        if self.config.labels is None:
+        """Logits of the labels, or of the vocabulary, [B, T, V], float32, for every position."""
+        if self.config.labels is None and self.config.pooler:
             raise UserError("model.labels is not set, so the encoder has no classifier: name them")
         return head_logits(self.config, self.dtype, params, hidden_btd)
 

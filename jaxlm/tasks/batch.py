@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.config import TrainConfig
 from jaxlm.data.tokens import Row
@@ -18,7 +19,7 @@ class Batch:
     """Rows of T tokens, int32 [B, T]; `weights` (float32) is 0 where nothing is predicted.
 
     A target is the next token; to a classifier it is the label of the text, and stands where its
-    head reads.
+    head reads. With `reads`, targets and weights are [B, n].
     """
 
     tokens: jax.Array
@@ -28,6 +29,8 @@ class Batch:
     positions: jax.Array
     source: Source | None = None
     """What an encoder reads, [B, S]; a segment of the target goes with that of the same number."""
+    reads: jax.Array | None = None
+    """int32 [B, n]: where the targets' outputs stand; None: at every token."""
     most_segments: int | None = dataclasses.field(default=None, metadata={"static": True})
     """How many segments a row has at most, padding counted; None: not known."""
 
@@ -52,6 +55,10 @@ def batch_loss(model, params, batch: Batch, config: TrainConfig, dropout: Dropou
     hidden_btd, experts, _ = model.hidden(
         params, batch.tokens, batch.places, dropout, source=batch.source
     )
+    if batch.reads is not None:
+        # A product, as the partitioner aborts at a gather inside of manual axes.
+        is_read_bnt = jax.nn.one_hot(batch.reads, hidden_btd.shape[1], dtype=hidden_btd.dtype)
+        hidden_btd = jnp.einsum("bnt,btd->bnd", is_read_bnt, hidden_btd)
     objective = Objective(model.logits, config.loss_block, config.z_loss, config.label_smoothing)
     total, sums = blocked_cross_entropy(
         objective, head_params(model.config, params), hidden_btd, batch.targets, batch.weights

@@ -10,6 +10,7 @@ from jaxlm.data.forms import Documents, Form
 from jaxlm.data.tokens import Row
 from jaxlm.tasks import classification, instruction, language_modelling, translation
 from jaxlm.tasks.batch import Batch, packed_batch
+from jaxlm.tasks.masked import MaskedDocuments, Masking
 
 FORMS = {
     "translation": translation.make_form,
@@ -22,6 +23,8 @@ def make_form(config: Config) -> Form:
     """What the config's task makes of its sources. Raises UserError where these do not fit it."""
     if config.task == "language_modelling":
         return Documents(config.data)
+    if config.task == "masked_language_modelling":
+        return MaskedDocuments(config.data)
     return FORMS[config.task](config)
 
 
@@ -30,6 +33,8 @@ def batch_maker(config: Config, prepared: Prepared) -> Callable[[Row], Batch]:
     make = packed_batch
     if config.task == "language_modelling":
         make = language_modelling.make_batch
+    if config.task == "masked_language_modelling":
+        make = Masking.of(config, prepared.tokenizer)
     if config.task == "classification":
         weights = classification.class_weights(config, prepared)
         make = partial(classification.make_batch, weights=weights)

@@ -11,6 +11,7 @@ from jaxlm.data.corpus import Prepared
 from jaxlm.data.examples import Example
 from jaxlm.data.forms import Encoded, Examples, Origin
 from jaxlm.data.records import TSV, Column, Record
+from jaxlm.data.sources import text_column
 from jaxlm.data.tokens import Row, token_dtype
 from jaxlm.errors import UserError, nearest
 from jaxlm.tasks.batch import Batch, packed_batch
@@ -46,13 +47,8 @@ class Classification(Examples):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        data = self.data
-        # Its usual name names no column of a TSV without a header.
-        text = None if data.text_field == "text" else data.text_field
-        return (
-            Column("label", "data.label_column", data.label_column, 1),
-            Column("text", "data.text_field", text, 2),
-        )
+        label = Column("label", "data.label_column", self.data.label_column, 1)
+        return label, text_column(self.data)
 
     def read(self, record: Record, origin: Origin) -> Labelled:
         label, text = self.columns

@@ -287,12 +287,9 @@ class Config:
         )
         masked = task("masked_language_modelling")
         check_read("train", self.train, class_weights=classification, mask_rate=masked)
-        if masked[0] and (self.model.labels is not None or self.model.pooler):
-            labels, pooler = show(self.model.labels), show(self.model.pooler)
-            raise UserError(
-                f"model.labels={labels} and model.pooler={pooler} have no effect with {masked[1]}, "
-                "which predicts tokens: set them to null and false"
-            )
+        if masked[0]:
+            words = False, f"a task other than {self.task}, which predicts tokens"
+            check_read("model", self.model, labels=words, pooler=words)
 
     def _check_ngram(self):
         """N-grams are counted once, each as often as it occurs, by one process on its host."""

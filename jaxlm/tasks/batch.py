@@ -19,7 +19,7 @@ class Batch:
     """Rows of T tokens, int32 [B, T]; `weights` (float32) is 0 where nothing is predicted.
 
     A target is the next token; to a classifier it is the label of the text, and stands where its
-    head reads. With `reads`, targets and weights are [B, n].
+    head reads. With `reads`, targets (hidden tokens) and weights are [B, n].
     """
 
     tokens: jax.Array

@@ -107,6 +107,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     """One sentence and the exit code for an error that is no fault of the program's, or None."""
     if isinstance(error, UserError):
         return f"error: {error}", EXIT_USER_ERROR
+    if isinstance(error, ValidationError):  # of a config put together from several sources
+        return f"error: {_sentence(error.errors()[0])}", EXIT_USER_ERROR
     if isinstance(error, NonFiniteError):
         return f"stopped: {error}", EXIT_NONFINITE
     # JAX's, known by its text: importing JAX here would be slow.

@@ -201,6 +201,15 @@ KINDS = {
     "classification": ("encoder", "decoder"),
     "masked_language_modelling": ("encoder",),
 }
+# The settings of data that say where a source has what, and the tasks that read them.
+COLUMNS = {
+    "text_field": ("language_modelling", "classification", "masked_language_modelling"),
+    "label_column": ("classification",),
+    "source_column": ("translation", "instruction"),
+    "target_column": ("translation", "instruction"),
+    "language_column": ("translation",),
+    "tsv_header": tuple(task for task in KINDS if task != "language_modelling"),
+}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -271,25 +280,19 @@ class Config:
             return self.task in tasks, f"task={' or '.join(tasks)}"
 
         translation, classification = task("translation"), task("classification")
-        pairs = task("translation", "instruction")
         check_read(
             "data",
             self.data,
-            text_field=task("language_modelling", "classification", "masked_language_modelling"),
-            source_column=pairs,
-            target_column=pairs,
-            label_column=classification,
-            tsv_header=(self.task != "language_modelling", "a task with records"),
+            **{name: task(*tasks) for name, tasks in COLUMNS.items()},
             languages=translation,
             valid_languages=translation,
-            language_column=translation,
             source_len=translation,
         )
         masked = task("masked_language_modelling")
         check_read("train", self.train, class_weights=classification, mask_rate=masked)
         if masked[0]:
             words = False, f"a task other than {self.task}, which predicts tokens"
-            check_read("model", self.model, labels=words, pooler=words)
+            check_read("model", self.model, labels=words)
 
     def _check_ngram(self):
         """N-grams are counted once, each as often as it occurs, by one process on its host."""

@@ -11,9 +11,9 @@ import numpy as np
 from jaxlm.api import load
 from jaxlm.beam import Beams
 from jaxlm.cli import OneSentenceParser, run_command
-from jaxlm.config import KINDS
+from jaxlm.config import COLUMNS, KINDS
 from jaxlm.errors import UserError
-from jaxlm.evaluation import BEAMS, COLUMNS, Figures, Request, evaluate
+from jaxlm.evaluation import BEAMS, Figures, Request, evaluate
 from jaxlm.tasks.confusion import confusion_picture
 from jaxlm.tasks.labels import confusion_table
 from jaxlm.values import as_tuple

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlm.api import LanguageModel
 from jaxlm.beam import Beams
-from jaxlm.config import KINDS, Config
+from jaxlm.config import COLUMNS, KINDS, Config
 from jaxlm.continuing import Row, Settings, continue_rows
 from jaxlm.data.corpus import Prepared, prepare
 from jaxlm.data.loader import validation_batches
@@ -33,21 +33,6 @@ from jaxlm.tasks.translation import languages_of, reference_pairs, unknown_langu
 ROWS_PER_SHARD = 8
 BEAMS = Beams(num_beams=4, length_penalty=0.6)
 BASELINE = re.compile(r"ngram([1-9]\d*)")
-
-COLUMNS = {
-    "text_field": ("language_modelling", "classification", "masked_language_modelling"),
-    "label_column": ("classification",),
-    "source_column": ("translation", "instruction"),
-    "target_column": ("translation", "instruction"),
-    "language_column": ("translation",),
-    "tsv_header": (
-        "translation",
-        "instruction",
-        "classification",
-        "masked_language_modelling",
-    ),
-}
-"""The settings of `data` that say where a source has what, and the tasks that read them."""
 
 Figures = dict[str, object]
 Report = Callable[[str], None]
@@ -97,7 +82,8 @@ def _check(model: LanguageModel, task: str, request: Request) -> None:
     """Raise UserError for a task that the model cannot do, and for what the task does not read."""
     kind, labels = model.config.model.kind, model.config.model.labels
     fits = kind in KINDS[task] and (task == "translation") == model.config.model.reads_source
-    fits &= task != "masked_language_modelling" or not model.config.model.pooler
+    # A published model's head for hidden tokens is not read.
+    fits &= task != "masked_language_modelling" or model.config.task == task
     if not fits or (task == "classification") != (labels is not None):
         raise UserError(
             f"{model.source} is a model of task={model.config.task} and cannot be evaluated on "
@@ -151,7 +137,7 @@ def _languages(model: LanguageModel, config: Config, request: Request) -> dict[s
     Raises UserError where they are not one for each, or not the model's.
     """
     languages, column = request.languages, None
-    if not languages:
+    if not languages and "language_column" not in request.columns:
         languages, column = config.data.languages, config.data.language_column
     if len(languages) > 1 and len(languages) != len(request.data):
         given = "--languages gives" if request.languages else "the model's run has"

@@ -41,6 +41,8 @@ class JaxLM(LM):
         """`model` is a loaded model, or what `jaxlm.load` takes, with its `mesh`."""
         super().__init__()
         self.model = model if isinstance(model, LanguageModel) else load(model, mesh)
+        if (task := self.model.config.task) not in ("language_modelling", "instruction"):
+            raise UserError(f"{self.model.source} is of task={task}: lm-eval takes language models")
         self._longest = self.model.config.model.max_seq_len
         self._prefix = list(self.model.prefix) or [self.model.tokenizer.bos_id]
 

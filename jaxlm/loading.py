@@ -177,7 +177,8 @@ def _read(folder: Path, config: ModelConfig, targets: dict, average: bool = True
         return read_params(folder, dataclasses.replace(config, **kept), targets)
     run = read_config(folder / CONFIG)
     key = "ema" if average and run.optim.ema_decay is not None else "params"
-    spare = HEADS if config.labels is not None else ()
+    # A classifier names no vocabulary's head, and what predicts hidden tokens no classifier's.
+    spare = HEADS if config.labels is not None or config.kind == "encoder" else ()
     if run.lora is None:
         return restore_params(folder, targets, key, spare)
     return _read_merged(folder, run, targets, key, spare)

@@ -25,6 +25,7 @@ from jaxlm.sharding import path_name
 from jaxlm.step import build_model, build_program
 from jaxlm.tasks.batch import Batch
 from jaxlm.tasks.language_modelling import make_batch
+from jaxlm.tasks.masked import num_targets
 
 STEPS = 3
 MOST_SEGMENTS = 16  # in a random row, about
@@ -63,7 +64,7 @@ def random_batch(config: Config, seed: int = 0) -> Batch:
             weights=read.astype(np.float32),
         )
     if config.task == "masked_language_modelling":
-        count = max(1, round(config.train.mask_rate * config.seq_len))
+        count = num_targets(config.train.mask_rate, config.seq_len)
         reads = np.sort(
             rng.permuted(np.tile(np.arange(config.seq_len), (shape[0], 1)), axis=1)[:, :count]
         )

@@ -1,7 +1,7 @@
 """What a loaded model does with texts: `generate`, `translate`, `chat`, `score`, `classify`."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -166,14 +166,15 @@ def score(
     if model.config.model.is_bounded:
         for i, row in enumerate(rows):
             _check_length(model, f"text {i}", len(row) - 1, "split it")
-    scores: list[Score] = []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        found = model.program.score(model.params, rows[part], read and read[part])
-        for row, logprobs in zip(rows[part], found, strict=True):
+    scores: dict[int, Score] = {}
+    for part in _alike(rows):
+        sources = None if read is None else [read[i] for i in part]
+        found = model.program.score(model.params, [rows[i] for i in part], sources)
+        for i, logprobs in zip(part, found, strict=True):
             total = float(np.sum(logprobs, dtype=np.float64))
-            scores.append(Score(total, [float(x) for x in logprobs], row))
-    return scores[0] if single else scores
+            scores[i] = Score(total, [float(x) for x in logprobs], rows[i])
+    out = [scores[i] for i in range(len(rows))]
+    return out[0] if single else out
 
 
 def classify(
@@ -190,16 +191,20 @@ def classify(
     rows = [row for row, _ in encode_texts(model.tokenizer, texts, longest, ends)]
     labels = model.config.model.labels
     found: dict[int, Classification] = {}
-    # Texts of like length go together: they are padded.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), ROWS_AT_ONCE):
-        part = order[start : start + ROWS_AT_ONCE]
+    for part in _alike(rows):
         chances = model.program.classify(model.params, [rows[i] for i in part])
         for i, row in zip(part, chances, strict=True):
             by_name = dict(zip(labels, row.tolist(), strict=True))
             found[i] = Classification(max(by_name, key=by_name.get), by_name)
     out = [found[i] for i in range(len(rows))]
     return out[0] if single else out
+
+
+def _alike(rows: list[list[int]]) -> Iterator[list[int]]:
+    """The numbers of rows to compute at once: of like length, as they are padded."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        yield order[start : start + ROWS_AT_ONCE]
 
 
 def _as_model(model, mesh) -> LanguageModel:

@@ -249,7 +249,7 @@ class MaskedValidation(Validation):
     def suggestion(self, run_folder):
         return (
             f"python -m jaxlm.train --task=classification --init_from={run_folder} "
-            "--data.train=LABELLED.tsv"
+            f"--out={run_folder}-labels --data.train=LABELLED.tsv"
         )
 
 

@@ -12,6 +12,7 @@ from jaxlm.cli import build_config
 from jaxlm.data_config import TokenizerConfig
 from jaxlm.decode import build_decode_program
 from jaxlm.mesh import make_mesh
+from jaxlm.model_config import RECURRENT_READS
 from jaxlm.models.build import make_model
 from jaxlm.sharding import split_boxes
 from jaxlm.tokenizer_training import train_tokenizer
@@ -37,12 +38,18 @@ def tokenizer_of(controls: tuple[str, ...]):
 
 
 @functools.cache
-def loaded(task: str, mesh: str = "dp1", controls: tuple[str, ...] | None = None) -> LanguageModel:
-    """A model of a task as `jaxlm.load` gives it."""
+def loaded(
+    task: str, mesh: str = "dp1", controls: tuple[str, ...] | None = None, kind: str | None = None
+) -> LanguageModel:
+    """A model of a task as `jaxlm.load` gives it, a Transformer or of a recurrent `kind`."""
     tokenizer = tokenizer_of(CONTROLS.get(task, ()) if controls is None else controls)
     if task == "instruction":
         tokenizer = with_template(tokenizer)
-    fields = SIZES | MODELS[task] | {"vocab_size": tokenizer.vocab_size}
+    fields = SIZES | MODELS[task]
+    if kind is not None:
+        fields = {name: value for name, value in SIZES.items() if name in RECURRENT_READS}
+        fields["kind"] = kind
+    fields["vocab_size"] = tokenizer.vocab_size
     config = build_config({"task": task, "model": fields})
     model = make_model(config.model)
     program = build_decode_program(model, make_mesh(mesh))

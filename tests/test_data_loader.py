@@ -114,6 +114,8 @@ def test_batches_depend_on_seed_and_step_only(files, weights):
     for wanted in ([0, 1, 2], [1, 4], [5]):
         part = training_batches(**arguments(files, weights=weights, rows=np.array(wanted)))
         np.testing.assert_array_equal(first_tokens(part, 40), whole[:, wanted])
+        later = training_batches(**arguments(files, rows=np.array(wanted), start_step=7))
+        assert next(later)["number"].tolist() == [7 * 6 + row for row in wanted]
 
 
 def test_a_later_epoch_is_not_another_seeds_first(files):

@@ -13,7 +13,7 @@ from loaded import loaded
 import jaxlm
 from jaxlm import evaluate, evaluation, texts, train
 from jaxlm.beam import Beams
-from jaxlm.cli import read_config
+from jaxlm.cli import explain, read_config
 from jaxlm.data.corpus import prepare
 from jaxlm.data.loader import Rows
 from jaxlm.data_config import DataConfig
@@ -209,6 +209,24 @@ def test_columns_are_named_as_in_training(monkeypatch, tmp_path, capsys):
     assert np.sum(found["confusion"], axis=1).tolist() == [2, 0, 2]
     with pytest.raises(UserError, match="'sentiment'"):
         evaluate.main(["run", f"--data={stars}", "--data.tsv_header=true"])
+
+
+def test_a_column_of_languages_stands_for_the_runs(monkeypatch):
+    model = loaded("translation")
+    data = DataConfig(languages=("de", "fr"))
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, data=data))
+    request = Request(data=("a.tsv",), columns={"language_column": "3"})
+    settings = evaluation._languages(model, model.config, request) | request.columns
+    told = dataclasses.replace(data, train=request.data, **settings)
+    assert (told.languages, told.language_column) == ((), "3")
+
+
+def test_settings_that_do_not_go_together_are_one_sentence(model):
+    request = Request(data=("stdlib",), columns={"text_field": "x"})
+    with pytest.raises(ValueError) as found:
+        evaluation.evaluate(model, request)
+    sentence, code = explain(found.value)
+    assert sentence.startswith("error: data.text_field='x' has no effect") and code == 2
 
 
 @pytest.mark.parametrize("beams", [1, 3])

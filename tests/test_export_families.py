@@ -16,7 +16,7 @@ from jaxlm.export.huggingface import read_model_config, read_params, read_settin
 from jaxlm.export.safetensors import read_tensors
 from jaxlm.mesh import make_mesh
 from jaxlm.models.build import make_model
-from jaxlm.models.head import head_logits
+from jaxlm.models.head import LabelHead, head_logits
 from jaxlm.nn.attention import Places, Source
 from jaxlm.sharding import make_layout, split_boxes
 
@@ -215,6 +215,13 @@ def placed(folder, mesh="dp1"):
     return config, read_params(folder, config, layout.exact)
 
 
+def _output(config, dtype, params, hidden):
+    """What the model makes of hidden states, be it only its pooler's."""
+    if config.labels is None and config.pooler:
+        return LabelHead(config, dtype).apply({"params": params["classifier"]}, hidden)
+    return head_logits(config, dtype, params, hidden)
+
+
 def hidden_and_logits(config, params, tokens, source=None):
     model = make_model(config)
 
@@ -224,7 +231,7 @@ def hidden_and_logits(config, params, tokens, source=None):
     def run(params, tokens, source):
         source = None if source is None else Source(source, places(source))
         hidden, *_ = model.hidden(params, tokens, places(tokens), source=source)
-        return hidden, head_logits(config, model.dtype, params, hidden)
+        return hidden, _output(config, model.dtype, params, hidden)
 
     return map(np.asarray, jax.jit(run)(params, tokens, source))
 

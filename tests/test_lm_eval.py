@@ -4,8 +4,10 @@ import json
 import math
 
 import pytest
+from loaded import loaded
 
 import jaxlm
+from jaxlm.errors import UserError
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'jaxlm[lm-eval]'")
 
@@ -51,6 +53,13 @@ def test_long_texts_are_scored_in_windows_and_short_ones_whole(adapter, model):
     tokens = len(model.tokenizer.encode(long))
     assert tokens > model.config.model.max_seq_len and math.isfinite(found[1])
     assert -10 * tokens < found[1] < -0.1 * tokens
+
+
+def test_what_writes_no_texts_is_refused():
+    from jaxlm.lm_eval import JaxLM
+
+    with pytest.raises(UserError, match="task=classification: lm-eval takes language models"):
+        JaxLM(loaded("classification"))
 
 
 def test_generation_stops_where_the_task_says(adapter, model):

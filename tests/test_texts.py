@@ -15,6 +15,16 @@ TALK = [{"role": "system", "content": "the dog"}, {"role": "user", "content": "f
 ANSWER = {"role": "assistant", "content": "So it does."}
 
 
+def test_a_recurrent_model_scores_texts_of_any_length_among_others():
+    model = loaded("language_modelling", kind="lstm")
+    texts = ["the fox " * model.config.model.max_seq_len, "a", "the lazy dog"]
+    long, *_ = scores = score(model, texts)
+    assert len(long.tokens) > 2 * model.config.model.max_seq_len
+    for text, found in zip(texts, scores, strict=True):
+        assert found.logprob == pytest.approx(score(model, text).logprob, rel=1e-5)
+        assert found.tokens[1:] == model.tokenizer.encode(text)
+
+
 def beam_texts(model, prompts, num_beams, length_penalty=1.0, sources=None, **options):
     """The best texts by the decode program itself."""
     from jaxlm.beam import Beams

@@ -72,8 +72,6 @@ class Encoder:
 
     def logits(self, params, hidden_btd):
         """Logits of the labels, or of the vocabulary, [B, T, V], float32, for every position."""
-        if self.config.labels is None and self.config.pooler:
-            raise UserError("model.labels is not set, so the encoder has no classifier: name them")
         return head_logits(self.config, self.dtype, params, hidden_btd)
 
     def init_cache(self, rows: int, length: int, source_length: int = 0):

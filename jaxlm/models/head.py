@@ -103,7 +103,7 @@ def _product(subscripts: str, x, y):
 
 def head_params(config: ModelConfig, params: dict) -> dict:
     """Those of a model's parameters that `head_logits` reads."""
-    if _is_label_head(config):
+    if config.labels is not None:
         return {LABEL_HEAD: params[LABEL_HEAD]}
     names = (VOCABULARY_HEAD, *(("embed",) if config.tie_embeddings else ()))
     return {name: params[name] for name in names if name in params}
@@ -114,24 +114,17 @@ def init_head(config: ModelConfig, dtype, key, embedding) -> dict:
     `classifier` of labels, or of an encoder's pooler alone.
     """
     x = jnp.zeros((1, 1, config.d_model), dtype)
-    if _is_label_head(config):
+    if config.labels is not None or config.pooler:
         return {LABEL_HEAD: LabelHead(config, dtype).init(key, x)["params"]}
     boxed = VocabularyHead(config, dtype).init(key, x, embedding)
     return {VOCABULARY_HEAD: boxed["params"]} if "params" in boxed else {}
 
 
 def head_logits(config: ModelConfig, dtype, params, hidden_btd):
-    """Logits, float32, of hidden states [B, T, D] by whichever head the parameters have.
-
-    Of a pooler alone what it makes of them, [B, T, D].
-    """
-    if _is_label_head(config):
+    """Logits, float32, of hidden states [B, T, D]: of labels, or else of the vocabulary."""
+    if config.labels is not None:
         return LabelHead(config, dtype).apply({"params": params[LABEL_HEAD]}, hidden_btd)
     table_vd = params["embed"]["embedding"] if config.tie_embeddings else None
     return VocabularyHead(config, dtype).apply(
         {"params": params.get(VOCABULARY_HEAD, {})}, hidden_btd, table_vd
     )
-
-
-def _is_label_head(config: ModelConfig) -> bool:
-    return config.labels is not None or config.pooler

@@ -13,6 +13,8 @@ from jaxlm.tasks.batch import Batch, packed_batch
 from jaxlm.tasks.masked import MaskedDocuments, Masking
 
 FORMS = {
+    "language_modelling": lambda config: Documents(config.data),
+    "masked_language_modelling": lambda config: MaskedDocuments(config.data),
     "translation": translation.make_form,
     "instruction": instruction.make_form,
     "classification": classification.make_form,
@@ -21,10 +23,6 @@ FORMS = {
 
 def make_form(config: Config) -> Form:
     """What the config's task makes of its sources. Raises UserError where these do not fit it."""
-    if config.task == "language_modelling":
-        return Documents(config.data)
-    if config.task == "masked_language_modelling":
-        return MaskedDocuments(config.data)
     return FORMS[config.task](config)
 
 

@@ -69,14 +69,15 @@ def mask_id(tokenizer: Tokenizer) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """Makes batches in which some tokens are hidden; which, depends on the seed and the row alone.
+    """Makes batches in which some tokens are hidden.
 
-    In every epoch a row has others.
+    Which ones depends on the seed and on the number of rows before theirs, so that they are others
+    in every epoch.
     """
 
     mask_id: int
-    ordinary: np.ndarray
-    """The ids that texts have: what is predicted, and what replaces it."""
+    is_ordinary: np.ndarray
+    """Whether texts have an id, bool [vocabulary]: only such ids are predicted, or replace one."""
     rate: float
     """Share of a row's tokens to predict."""
     seed: int
@@ -85,16 +86,15 @@ class Masking:
     def of(cls, config: Config, tokenizer: Tokenizer) -> "Masking":
         """That of a config's task."""
         begin, end = tokenizer.ends
-        special = [*tokenizer.special_ids.values(), *begin, *end]
-        ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), special)
-        return cls(mask_id(tokenizer), ordinary, config.train.mask_rate, config.seed)
+        is_ordinary = np.ones(tokenizer.vocab_size, bool)
+        is_ordinary[[*tokenizer.special_ids.values(), *begin, *end]] = False
+        return cls(mask_id(tokenizer), is_ordinary, config.train.mask_rate, config.seed)
 
     def __call__(self, rows: Row) -> Batch:
-        """A batch of rows of T tokens [B, T] with targets [B, n], at least one of a row's."""
+        """A batch of rows of T tokens [B, T], of which `rate` T can be targets [B, n]."""
         tokens = rows["tokens"]
-        count = max(1, round(self.rate * tokens.shape[1]))
         fields = zip(tokens, rows["segment_ids"], rows["number"], strict=True)
-        made = [self._row(*row, count) for row in fields]
+        made = [self._row(*row, count=num_targets(self.rate, tokens.shape[1])) for row in fields]
         read, targets, weights, reads = (np.stack(x) for x in zip(*made, strict=True))
         others = rows["segment_ids"], rows["positions"]
         return Batch(read, targets, weights, *others, reads=reads)
@@ -102,14 +102,20 @@ class Masking:
     def _row(self, tokens: np.ndarray, segments: np.ndarray, number: int, count: int):
         """(What is read [T], targets [n], their weights [n] and where they stand [n])."""
         random = np.random.default_rng((self.seed, int(number)))
-        can_be = (segments > 0) & np.isin(tokens, self.ordinary)
-        order = np.argsort(np.where(can_be, random.random(len(tokens)), 1.0), kind="stable")
-        reads = np.sort(order[:count])
-        targets, weights = tokens[reads], can_be[reads]
-        chance = random.random(count)
-        others = random.choice(self.ordinary, count)
-        hidden = np.where(chance < MASKED + REPLACED, others, targets)
-        hidden = np.where(chance < MASKED, self.mask_id, hidden)
+        is_candidate = (segments > 0) & self.is_ordinary[tokens]
+        order = np.argsort(np.where(is_candidate, random.random(len(tokens)), 1.0), kind="stable")
+        candidates = int(is_candidate.sum())
+        is_target = np.arange(count) < min(candidates, num_targets(self.rate, candidates))
+        reads = order[:count]
+        targets, chance = tokens[reads], random.random(count)
+        hidden = np.where(chance < MASKED, self.mask_id, targets)
+        others = random.choice(np.flatnonzero(self.is_ordinary), count)
+        is_other = (chance >= MASKED) & (chance < MASKED + REPLACED)
         read = tokens.copy()
-        read[reads] = np.where(weights, hidden, targets)
-        return read, targets, weights.astype(np.float32), reads.astype(np.int32)
+        read[reads] = np.where(is_target, np.where(is_other, others, hidden), targets)
+        return read, targets, is_target.astype(np.float32), reads.astype(np.int32)
+
+
+def num_targets(rate: float, tokens: int) -> int:
+    """How many of so many tokens are predicted, at least one."""
+    return max(1, round(rate * tokens))

@@ -168,6 +168,7 @@ def test_it_is_the_search_of_transformers(pair, num_beams):
     "build",
     [marian, *(pytest.param(lambda g=g: t5(g), marks=pytest.mark.slow) for g in (True, False))],
 )
+@pytest.mark.slow
 def test_it_is_the_search_of_an_encoder_decoder(build):
     theirs, model, params = build()
     program = build_decode_program(model, make_mesh("dp1"))

@@ -60,6 +60,7 @@ def checked(capsys, *args, **changes) -> tuple[int, dict, str]:
     return code, json.loads(out), err
 
 
+@pytest.mark.slow
 def test_meshes_agree_and_the_table_says_so(capsys):
     code = check.main(arguments("fsdp2;pp2,cp2", "--rows=8", "--collectives"))
     out, err = capsys.readouterr()
@@ -92,6 +93,7 @@ def test_json_has_the_numbers(capsys):
     assert row["failures"] == [] and row["first_tensor"] is None
 
 
+@pytest.mark.slow
 def test_a_reduction_that_forgets_parts_is_found(capsys, monkeypatch):
     """The gradients of keys and values leave out what the other devices of the ring add."""
     monkeypatch.setattr(ring, "_add", lambda tree, other: tree)

@@ -107,6 +107,7 @@ def test_back_again_the_parameters_are_identical(exported, trained_run):
     assert (again.prefix, again.tokenizer.vocab_size) == ([1], ours.tokenizer.vocab_size)
 
 
+@pytest.mark.slow
 def test_an_export_is_loaded_like_a_run(exported, trained_run):
     for mesh in (None, "dp2,tp2"):
         model = jaxlm.load(exported, mesh=mesh)
@@ -128,6 +129,7 @@ def test_a_sentencepiece_model_alone_is_a_tokenizer(copy, trained_run):
     ]
 
 
+@pytest.mark.slow
 def test_training_starts_from_an_export(exported, corpus, trained_run, tmp_path):
     """With its model and its tokenizer, neither of them given."""
     arguments = [a for a in tiny_arguments() if not a.startswith(("--model.", "--tokenizer."))]

@@ -93,6 +93,7 @@ def losses(mesh: str, float8: bool = True) -> list[float]:
         for mesh in ("fsdp2", "tp2", "cp2", "dp2,fsdp2,tp2")
     ],
 )
+@pytest.mark.slow
 def test_losses_are_the_same_on_any_mesh(mesh):
     # One array's scale decides about all of it. From then on a last digit can move a rounding.
     np.testing.assert_allclose(losses(mesh)[0], losses("dp1")[0], rtol=1e-5)

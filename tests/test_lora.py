@@ -130,6 +130,7 @@ MESHES += [pytest.param(m, marks=pytest.mark.slow) for m in MORE]
 
 
 @pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.slow
 def test_the_same_numbers_on_any_mesh(mesh, steps):
     (start, _), losses = steps
     program = make_program(adapted_config(), mesh)
@@ -158,6 +159,7 @@ def test_targets_are_what_gets_adapters():
         tiny_config(lora=LORA)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_keeps_router_and_balance_as_they_are():
     experts = {"num_experts": 4, "top_k": 2, "d_ff": 8, "bias_rate": 0.1}
     config = tiny_config(init_from="base", lora=LORA, model={"experts": experts})
@@ -172,6 +174,7 @@ def test_a_mixture_of_experts_keeps_router_and_balance_as_they_are():
 
 
 @pytest.mark.parametrize("name", ["muon", "adafactor"])
+@pytest.mark.slow
 def test_other_optimisers_take_adapters(name):
     config = adapted_config(optim={"name": name, "weight_decay": 0.1})
     program = make_program(config)
@@ -213,6 +216,7 @@ def lora_run(build, base):
     return base.parent / "lora"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_adapters_and_where_the_base_is(lora_run, base):
     folder = find_model(lora_run)
     noted = json.loads((folder / "base.json").read_text())
@@ -231,6 +235,7 @@ def arrays(run) -> dict[str, np.ndarray]:
         return checkpointer.restore(find_model(run) / "state")
 
 
+@pytest.mark.slow
 def test_continued_it_is_the_run_that_was_not_stopped(lora_run, build):
     run = lora_run.with_name("continued")
     shutil.copytree(lora_run, run)

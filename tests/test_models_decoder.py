@@ -145,6 +145,7 @@ def outcome(stack: str, remat: str):
     ("stack", "remat"),
     [("scan", "none"), ("scan", "full"), ("unroll", "dots")],
 )
+@pytest.mark.slow
 def test_stacks_run_alike(stack, remat):
     jax.tree.map(assert_close, outcome(stack, remat), outcome("unroll", "none"))
 

@@ -292,6 +292,7 @@ def trained(case: str):
 
 
 @pytest.mark.parametrize("case", MESHES)
+@pytest.mark.slow
 def test_a_mesh_trains_the_same_with_the_same_masks(case):
     params, losses, gradients = trained(case)
     one_params, one_losses, one_gradients = trained("dp1")
@@ -307,6 +308,7 @@ def test_a_mesh_trains_the_same_with_the_same_masks(case):
 
 
 @pytest.mark.parametrize("mesh", ["dp2,tp2"])
+@pytest.mark.slow
 def test_a_mesh_generates_the_same(mesh):
     config, made = build_config({"model": TINY, "train": {"batch_size": 24}}), []
     for name in ("dp1", mesh):

@@ -99,6 +99,7 @@ PACKED = [1, 1, 1, 1, 1, 2, 2, 2, 3, 0, 0, 0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_sequences_of_a_row_are_as_if_each_had_its_own(kind):
     params, x = params_of(kind), inputs(1)
     initial = tuple(jnp.asarray(inputs(1, seed=s)) for s in range(CELLS[kind].states))

@@ -114,6 +114,7 @@ def test_clipping_keeps_the_direction_of_the_global_gradient():
             np.testing.assert_allclose(updates[name], -factor * gradients[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_muon_orthogonalises_the_layers_matrices():
     shapes = {
         "layers": {

@@ -16,11 +16,17 @@ from jaxlm.parity import LATER_TOLERANCE
 from jaxlm.sharding import path_name
 
 # Meshes, and what else the run on them has: two rounds of an interleaved pipeline, accumulation.
-DENSE = ["dp2,fsdp2,tp2", "pp2,dp2,tp2", "cp4,dp2"]
+DENSE = ["dp2,fsdp2,tp2", "cp4,dp2"]
 MORE_DENSE = ["dp8", "fsdp8", "fsdp6", "tp3", "dp2,tp3", "pp2,tp2", "dp2,fsdp2,tp2 muon", "pp4,dp2"]
-MORE_DENSE += ["pp2,cp2,tp2", "cp2,tp2,dp2", "pp2,fsdp2 rounds", "dp2,pp2,cp2 accumulation"]
-EXPERTS = ["ep2,tp2,dp2 experts"]
+MORE_DENSE += [
+    "pp2,dp2,tp2",
+    "pp2,cp2,tp2",
+    "cp2,tp2,dp2",
+    "pp2,fsdp2 rounds",
+    "dp2,pp2,cp2 accumulation",
+]
 MORE_EXPERTS = [
+    "ep2,tp2,dp2 experts",
     "tp3 experts",
     "pp2,tp2 experts",
     "ep4,dp2 experts",
@@ -47,7 +53,7 @@ MORE_OTHERS += [
     "pp2,cp2,tp2 bert",
     "dp2,fsdp2,tp2 scores",
 ]
-MESHES = DENSE + EXPERTS + OTHERS
+MESHES = DENSE + OTHERS
 MORE = MORE_DENSE + MORE_EXPERTS + MORE_OTHERS
 MESHES += [pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE]
 EXPERT_FIELDS = {
@@ -214,8 +220,8 @@ def test_a_capacity_drops_some():
     assert 0.01 < dropped.min() < dropped.max() < 0.5
 
 
-DROPOUT = ["cp2,dp2"]
-MORE_DROPOUT = [
+DROPOUT = [
+    "cp2,dp2",
     "tp3",
     "pp2,dp2,tp2",
     "dp2,tp2 accumulation",
@@ -224,9 +230,8 @@ MORE_DROPOUT = [
 ]
 
 
-@pytest.mark.parametrize(
-    "case", DROPOUT + [pytest.param(case, marks=pytest.mark.slow) for case in MORE_DROPOUT]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DROPOUT)
 def test_dropout_is_the_same(case):
     # A ring never has the probabilities of a whole row to drop some of.
     same = one_device(case)

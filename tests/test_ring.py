@@ -94,6 +94,7 @@ STARTS = st.lists(st.booleans(), min_size=BATCH * LENGTH, max_size=BATCH * LENGT
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("options", WINDOWS, ids=["full", "window"])
+@pytest.mark.slow
 def test_values_and_gradients_are_those_of_whole_rows(sizes, options):
     mesh = make_mesh(**sizes)
 
@@ -129,6 +130,7 @@ def test_bfloat16():
 
 
 @pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
+@pytest.mark.slow
 def test_inside_a_pipeline(remat):
     """Two stages, manual over pp, each scaling its queries; the gradient is taken outside."""
     mesh = make_mesh(pp=2, cp=2, tp=2)
@@ -211,6 +213,7 @@ def permutes(jaxpr) -> int:
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.slow
 def test_keys_and_values_move_one_time_less_than_there_are_devices(size):
     def jaxpr(function):
         x, p = (jnp.zeros((BATCH, LENGTH, *s)) for s in ((HEADS, HEAD_DIM), ()))
@@ -222,6 +225,7 @@ def test_keys_and_values_move_one_time_less_than_there_are_devices(size):
     assert permutes(jaxpr(gradient)) == 2 * (size - 1) + 2 * (size - 1) + 2 * size
 
 
+@pytest.mark.slow
 def test_nothing_but_permutes_is_communicated():
     """Four arrays (keys, values, positions, segments), before and in the loop of middle steps."""
     for sizes in ({"cp": 4}, {"fsdp": 2, "cp": 4}):
@@ -249,6 +253,7 @@ def layers(x_btd, kernels, places):
     return jax.lax.scan(layer, x_btd, kernels)[0].sum()
 
 
+@pytest.mark.slow
 def test_memory_falls_with_devices():
     """In proportion, but for what a ring holds once, whatever the number of layers: the next
     device's keys and values, and the sums of gradients.

@@ -68,6 +68,7 @@ def test_beams_are_those_of_the_api(run_of):
     assert made == f"fox{jaxlm.generate(model, 'fox', num_beams=3, max_new_tokens=8)}\n"
 
 
+@pytest.mark.slow
 def test_a_translation_is_printed_alone(run_of):
     model, settings = loaded("translation"), ["--target=fr", "--max_new_tokens=8"]
     made = run_of("translation", "--prompt=the fox", *settings)

@@ -55,6 +55,7 @@ def first_update(accumulation: int, mesh: str = "dp1"):
 
 
 @pytest.mark.parametrize(("accumulation", "mesh"), [(4, "dp1"), (2, "dp2")])
+@pytest.mark.slow
 def test_accumulation_is_the_update_of_the_whole_batch(accumulation, mesh):
     loss, targets, gradients = first_update(accumulation, mesh)
     wanted_loss, wanted_targets, wanted_gradients = first_update(1)
@@ -106,6 +107,7 @@ def adamw() -> tuple[Program, object]:
     return make_program(config), config
 
 
+@pytest.mark.slow
 def test_a_non_finite_update_is_skipped_and_counted(adamw):
     program, config = adamw
     state, _ = program.train_step(program.init(), program.put(random_batch(config)))
@@ -204,6 +206,7 @@ def model_loss():
 
 
 @pytest.mark.parametrize("name", RATES)
+@pytest.mark.slow
 def test_every_optimiser_lowers_the_loss(name, model_loss):
     params, axes, loss_and_gradient = model_loss
     optimizer = make_optimizer(OptimConfig(name=name), axes)

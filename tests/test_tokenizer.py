@@ -106,9 +106,9 @@ def test_byte_level_json_brings_any_text_back(byte_level, tmp_path_factory, text
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "▁", "中", "x = [1, 2] "])
 def test_a_megabyte_on_one_line_takes_seconds(trained, unit):
     text = unit * (1_000_000 // len(unit.encode()))
-    start = time.monotonic()
+    start = time.process_time()  # what else the machine does is not its fault
     assert trained.decode(trained.encode(text)) == text
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("trained", ["bpe", "unigram"], indirect=True)

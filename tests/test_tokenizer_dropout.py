@@ -48,6 +48,7 @@ def test_cuts_differ_by_seed_and_text_and_by_nothing_else(tokenizer):
     assert one == two == cuts[0]
 
 
+@pytest.mark.slow
 def test_merges_are_left_out_at_the_rate_of_sentencepiece(tokenizer, processor):
     for rate in (0.1, 0.5):
         ours = [len(tokenizer.with_dropout(rate, n).encode(TEXT)) for n in range(300)]

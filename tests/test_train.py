@@ -74,6 +74,7 @@ def test_the_command_to_try_chooses_a_language_where_there_are_several(names, ta
     assert question == f"{target}--prompt='Save the file.'"
 
 
+@pytest.mark.slow
 def test_without_a_prompt_the_sample_begins_as_a_validation_text(arguments, corpus, capsys):
     given = [a for a in arguments(train__steps=2) if not a.startswith("--train.sample_prompt")]
     assert train.main(given) == 0
@@ -259,6 +260,7 @@ def test_averages_intervals_and_sparse_logging(arguments, tmp_path):
     assert not np.array_equal(ours, arrays["params/embed/embedding"])
 
 
+@pytest.mark.slow
 def test_mixtures_are_trained_on(arguments, corpus, tmp_path):
     (tmp_path / "more.jsonl").write_text(
         "".join(json.dumps({"text": "xyz " * 100}) + "\n" for _ in range(20))

@@ -187,6 +187,11 @@ def classify(
     texts, single = _as_list(texts, "texts")
     model = _as_model(model, mesh)
     _check_task(model, "classify", "classification")
+    if model.config.model.labels is None:
+        raise UserError(
+            f"{model.source} is an encoder without labels: fine-tune it first "
+            "(--task=classification --init_from)"
+        )
     ends, longest = (model.prefix, model.suffix), model.config.seq_len
     rows = [row for row, _ in encode_texts(model.tokenizer, texts, longest, ends)]
     labels = model.config.model.labels

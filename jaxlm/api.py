@@ -40,6 +40,15 @@ class LanguageModel:
     suffix: tuple[int, ...] = ()
     """Ids that a text to be classified ends with."""
 
+    def check_says_something(self) -> None:
+        """Raise UserError for an encoder without labels: it reads texts, and says nothing."""
+        model = self.config.model
+        if model.kind == "encoder" and model.labels is None:
+            raise UserError(
+                f"{self.source} is an encoder without labels: fine-tune it first (python -m "
+                f"jaxlm.train --task=classification --init_from={self.source})"
+            )
+
     @property
     def step(self) -> int:
         """The update the parameters are from; 0 for a Hugging Face folder."""

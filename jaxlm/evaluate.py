@@ -95,7 +95,7 @@ def _labels(name: str, figures: Figures, baseline: str | None) -> str:
 def _masked(name: str, figures: Figures, baseline: str | None) -> str:
     loss, perplexity = figures["valid_loss"], figures["valid_perplexity"]
     return (
-        f"{name}: loss {loss:.4f} nats/token, perplexity {perplexity:.2f}\n"
+        f"{name}: loss {loss:.4f} nats/hidden token, perplexity {perplexity:.2f}\n"
         f"{figures['tokens']:,} hidden tokens"
     )
 

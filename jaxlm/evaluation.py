@@ -80,6 +80,8 @@ def evaluate(model: LanguageModel, request: Request, report: Report = lambda lin
 
 def _check(model: LanguageModel, task: str, request: Request) -> None:
     """Raise UserError for a task that the model cannot do, and for what the task does not read."""
+    if task == "classification":
+        model.check_says_something()
     kind, labels = model.config.model.kind, model.config.model.labels
     fits = kind in KINDS[task] and (task == "translation") == model.config.model.reads_source
     # A published model's head for hidden tokens is not read.

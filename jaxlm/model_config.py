@@ -193,7 +193,7 @@ class ModelConfig:
 
     def _check_read_by_kind(self):
         """Raise UserError for a field of other kinds, where the model's reads few."""
-        if self.is_bounded:
+        if self.is_transformer:
             return
         reads = RECURRENT_READS if self.is_recurrent else NGRAM_READS
         for key in sorted(self.__dataclass_fields__.keys() - {*reads}):
@@ -338,8 +338,8 @@ class ModelConfig:
         return self.kind in RECURRENT
 
     @property
-    def is_bounded(self) -> bool:
-        """Whether `max_seq_len` is the longest text that can be read, not just be written."""
+    def is_transformer(self) -> bool:
+        """Whether layers attend to a text, of which they can then read `max_seq_len` tokens."""
         return not self.is_recurrent and self.kind != "ngram"
 
     @property

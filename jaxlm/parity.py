@@ -65,9 +65,8 @@ def random_batch(config: Config, seed: int = 0) -> Batch:
         )
     if config.task == "masked_language_modelling":
         count = num_targets(config.train.mask_rate, config.seq_len)
-        reads = np.sort(
-            rng.permuted(np.tile(np.arange(config.seq_len), (shape[0], 1)), axis=1)[:, :count]
-        )
+        columns = np.tile(np.arange(config.seq_len), (shape[0], 1))
+        reads = rng.permuted(columns, axis=1)[:, :count]
         pick = lambda x: np.take_along_axis(x, reads, axis=1)  # noqa: E731
         batch = dataclasses.replace(
             batch,

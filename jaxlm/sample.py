@@ -55,12 +55,8 @@ def _check_options(asked: dict, chats: bool) -> None:
 
 
 def _check_model(model: LanguageModel, chats: bool, settings: dict) -> None:
+    model.check_says_something()
     task = model.config.task
-    if task == "masked_language_modelling":
-        raise UserError(
-            f"a model of task={task} writes no texts: fine-tune it (python -m jaxlm.train "
-            f"--task=classification --init_from={model.source})"
-        )
     if task == "classification" and (settings or chats):
         option = "chat" if chats else min(settings)
         raise UserError(f"--{option} has no effect on a classifier: leave it out")

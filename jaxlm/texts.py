@@ -163,7 +163,7 @@ def score(
         if sources is not None or target is not None:
             raise UserError("sources and target are for a translation model: leave them out")
         rows = [[model.tokenizer.bos_id, *ids] for ids in encoded]
-    if model.config.model.is_bounded:
+    if model.config.model.is_transformer:
         for i, row in enumerate(rows):
             _check_length(model, f"text {i}", len(row) - 1, "split it")
     scores: dict[int, Score] = {}
@@ -187,11 +187,6 @@ def classify(
     texts, single = _as_list(texts, "texts")
     model = _as_model(model, mesh)
     _check_task(model, "classify", "classification")
-    if model.config.model.labels is None:
-        raise UserError(
-            f"{model.source} is an encoder without labels: fine-tune it first "
-            "(--task=classification --init_from)"
-        )
     ends, longest = (model.prefix, model.suffix), model.config.seq_len
     rows = [row for row, _ in encode_texts(model.tokenizer, texts, longest, ends)]
     labels = model.config.model.labels
@@ -312,10 +307,7 @@ def _check_length(model: LanguageModel, what: str, length: int, remedy: str) -> 
 
 def _check_task(model: LanguageModel, function: str, *tasks: str) -> None:
     """Raise UserError where a function is of no use with a model."""
+    model.check_says_something()
     if (task := model.config.task) not in tasks:
-        better = {
-            "classification": "use jaxlm.classify",
-            "translation": "use jaxlm.translate",
-            "masked_language_modelling": "fine-tune it first (--task=classification --init_from)",
-        }.get(task, "use jaxlm.generate")
-        raise UserError(f"jaxlm.{function} takes no model of task={task}: {better}")
+        better = {"classification": "classify", "translation": "translate"}.get(task, "generate")
+        raise UserError(f"jaxlm.{function} takes no model of task={task}: use jaxlm.{better}")

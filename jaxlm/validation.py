@@ -1,6 +1,7 @@
 """What a run says of itself now and then: metrics of held-out text, a sample, a yardstick."""
 
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ TEXTS_AT_ONCE = 64
 OPENING = 9  # tokens of a text, with the one that begins it
 
 
-class Validation:
+class Validation(ABC):
     """Validation of one run. Every process calls the same methods with the same parameters."""
 
     def __init__(
@@ -40,21 +41,16 @@ class Validation:
         self._inputs = inputs
         self._group = group
 
+    @abstractmethod
     def run(self, params, moved: Callable[[], None]) -> tuple[dict[str, float], list[str]]:
         """(metrics of the validation text by name, lines that show them, and perhaps a sample).
 
         `moved` is called after each batch.
         """
-        raise NotImplementedError
 
-    @property
-    def question(self) -> str:
-        """What to ask the trained model by `python -m jaxlm.sample`."""
-        raise NotImplementedError
-
+    @abstractmethod
     def suggestion(self, run_folder: Path) -> str:
         """A command that does something with the trained model."""
-        return f"python -m jaxlm.sample {run_folder} {self.question}"
 
     def closing(self) -> str | None:
         """A line for the end of the run: what the last metrics can be compared with."""
@@ -80,11 +76,11 @@ class TextValidation(Validation):
         self._prompt = self._sample_prompt()
         self._bits_per_byte = 0.0
 
-    @property
-    def question(self):
+    def suggestion(self, run_folder):
         if self._config.task == "instruction":
-            return "--chat"
-        return prompt_option(self._tokenizer.decode(self._prompt or []))
+            return sample_command(run_folder, "--chat")
+        prompt = self._tokenizer.decode(self._prompt or [])
+        return sample_command(run_folder, prompt_option(prompt))
 
     def run(self, params, moved):
         num_bytes, lengths = 0, self._tokenizer.byte_lengths
@@ -152,6 +148,11 @@ class TextValidation(Validation):
         return tokens
 
 
+def sample_command(run_folder: Path, options: str) -> str:
+    """The command that asks a trained model."""
+    return f"python -m jaxlm.sample {run_folder} {options}"
+
+
 def prompt_option(text: str) -> str:
     """What to give `python -m jaxlm.sample` for a prompt: the first line of a text."""
     return f"--prompt={shlex.quote((text.strip() or 'The').splitlines()[0])}"
@@ -176,11 +177,10 @@ class TranslationValidation(Validation):
         some = config.train.eval_texts
         self._pairs = reference_pairs(self._prepared, some) if some else []
 
-    @property
-    def question(self):
+    def suggestion(self, run_folder):
         languages = self._prepared.form.names
         target = f"--target={languages[0]} " if len(languages) > 1 else ""
-        return f"{target}--prompt='Save the file.'"
+        return sample_command(run_folder, f"{target}--prompt='Save the file.'")
 
     def run(self, params, moved):
         sums = self._sums(params, moved)
@@ -218,9 +218,8 @@ class TranslationValidation(Validation):
 class LabelValidation(Validation):
     """Of classification: accuracy, macro-F1, calibration, and what is taken for what."""
 
-    @property
-    def question(self):
-        return "--prompt='What a lovely day'"
+    def suggestion(self, run_folder):
+        return sample_command(run_folder, "--prompt='What a lovely day'")
 
     def run(self, params, moved):
         sums = self._sums(params, moved)

@@ -57,7 +57,9 @@ def test_rows_match_the_reference(tmp_path_factory, lengths, seq_len, ahead):
     ]
     assert found == list(reference_rows(lengths, seq_len, ahead))
     targets = [token for row in found for token, _, _ in row[ahead:] if token]
-    assert targets == list(range(1 + ahead, sum(lengths) + 1)), "every token but the first, once"
+    assert targets == list(range(1 + ahead, sum(lengths) + 1)), (
+        "every token but those ahead of the first row, once"
+    )
     assert rows.most_segments == max(len({segment for _, segment, _ in row}) for row in found)
     assert {a.dtype for a in rows[0].values()} == {np.dtype(np.int32)}
     most = max(len(set(row["segment_ids"][:-1].tolist())) for row in rows)

@@ -1,5 +1,6 @@
 """Masked language modelling: what is hidden, what stands in its place, what it is good for."""
 
+import dataclasses
 import json
 
 import jax
@@ -166,10 +167,26 @@ def test_a_classifier_starts_from_what_has_read(labelled, tmp_path, capsys):
     assert jaxlm.classify(label_model := jaxlm.load(tmp_path / "label"), "good film").label in "ab"
     assert read_config(label_model.source / "config.yaml").model.labels == ("a", "b")
 
-    with pytest.raises(UserError, match="fine-tune it"):
+    with pytest.raises(UserError, match="an encoder without labels"):
         sample.main([str(out), "--prompt=good"])
-    with pytest.raises(UserError, match="takes no model of task=masked_language_modelling: fine"):
+    with pytest.raises(UserError, match="an encoder without labels: fine-tune it first"):
         jaxlm.generate(out, "good")
+
+
+def test_an_encoder_without_labels_says_nothing():
+    """As a published BERT is, whose folder is taken for something to classify with."""
+    model = loaded("classification")
+    bare = dataclasses.replace(model.config.model, labels=None)
+    bare = dataclasses.replace(model, config=dataclasses.replace(model.config, model=bare))
+    for use in (
+        lambda: jaxlm.classify(bare, "good"),
+        lambda: jaxlm.generate(bare, "good"),
+        lambda: jaxlm.score(bare, "good"),
+        lambda: sample._check_model(bare, chats=False, settings={}),
+        lambda: evaluation.evaluate(bare, Request()),
+    ):
+        with pytest.raises(UserError, match="an encoder without labels: fine-tune it first"):
+            use()
 
 
 def test_what_does_not_fit_is_said():

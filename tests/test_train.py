@@ -70,8 +70,8 @@ def test_a_sample_begins_as_the_text_does_whose_continuation_is_known():
 def test_the_command_to_try_chooses_a_language_where_there_are_several(names, target):
     form = types.SimpleNamespace(names=names)
     validation = types.SimpleNamespace(_prepared=types.SimpleNamespace(form=form))
-    question = TranslationValidation.question.fget(validation)
-    assert question == f"{target}--prompt='Save the file.'"
+    command = TranslationValidation.suggestion(validation, "runs/x")
+    assert command == f"python -m jaxlm.sample runs/x {target}--prompt='Save the file.'"
 
 
 @pytest.mark.slow

@@ -159,12 +159,16 @@ class Documents(Form):
         return {"max_document_bytes": max_document_bytes(origin.spec, self.data)}
 
     def encode(self, tokenizer: Tokenizer, items: Sequence[str]) -> list[Encoded]:
-        end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        begin, end = self.ends(tokenizer)
         dtype = token_dtype(tokenizer.vocab_size)
         return [
-            Encoded(np.array([tokenizer.bos_id, *ids, *end], dtype), len(text.encode()))
+            Encoded(np.array([*begin, *ids, *end], dtype), len(text.encode()))
             for text, ids in zip(items, tokenizer.encode_batch(items), strict=True)
         ]
+
+    def ends(self, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        """What stands before and behind each document."""
+        return [tokenizer.bos_id], [] if tokenizer.eos_id is None else [tokenizer.eos_id]
 
     def writer(self, path: Path, tokenizer: Tokenizer) -> TokenWriter:
         return TokenWriter(path, token_dtype(tokenizer.vocab_size))

@@ -8,13 +8,12 @@ from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared
 from jaxlm.data.forms import Documents, Form
 from jaxlm.data.tokens import Row
-from jaxlm.tasks import classification, instruction, language_modelling, translation
+from jaxlm.tasks import classification, instruction, language_modelling, masked, translation
 from jaxlm.tasks.batch import Batch, packed_batch
-from jaxlm.tasks.masked import MaskedDocuments, Masking
 
 FORMS = {
     "language_modelling": lambda config: Documents(config.data),
-    "masked_language_modelling": lambda config: MaskedDocuments(config.data),
+    "masked_language_modelling": masked.make_form,
     "translation": translation.make_form,
     "instruction": instruction.make_form,
     "classification": classification.make_form,
@@ -32,7 +31,7 @@ def batch_maker(config: Config, prepared: Prepared) -> Callable[[Row], Batch]:
     if config.task == "language_modelling":
         make = language_modelling.make_batch
     if config.task == "masked_language_modelling":
-        make = Masking.of(config, prepared.tokenizer)
+        make = masked.Masking.of(config, prepared.tokenizer)
     if config.task == "classification":
         weights = classification.class_weights(config, prepared)
         make = partial(classification.make_batch, weights=weights)

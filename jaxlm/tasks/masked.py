@@ -1,16 +1,16 @@
 """Masked language modelling (Devlin et al., 2019): tokens of a text from what is around them."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from jaxlm.config import Config
-from jaxlm.data.forms import Documents, Encoded, Origin
+from jaxlm.data.forms import Documents, Origin
 from jaxlm.data.loader import Rows
 from jaxlm.data.records import Counts
 from jaxlm.data.sources import read_documents
-from jaxlm.data.tokens import Row, TokenFile, token_dtype
+from jaxlm.data.tokens import Row, TokenFile
 from jaxlm.errors import UserError
 from jaxlm.tasks.batch import Batch
 from jaxlm.tokenizer import Tokenizer
@@ -43,16 +43,16 @@ class MaskedDocuments(Documents):
     def encoding_facts(self, tokenizer: Tokenizer) -> dict[str, object]:
         return {"ends": tokenizer.ends}
 
-    def encode(self, tokenizer: Tokenizer, items: Sequence[str]) -> list[Encoded]:
-        begin, end = tokenizer.ends
-        dtype = token_dtype(tokenizer.vocab_size)
-        return [
-            Encoded(np.array([*begin, *ids, *end], dtype), len(text.encode()))
-            for text, ids in zip(items, tokenizer.encode_batch(items), strict=True)
-        ]
+    def ends(self, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        return tokenizer.ends
 
     def rows(self, file: TokenFile, seq_len: int) -> Rows:
         return Rows(file, seq_len, ahead=0)
+
+
+def make_form(config: Config) -> MaskedDocuments:
+    """The form of a config's data."""
+    return MaskedDocuments(config.data)
 
 
 def mask_id(tokenizer: Tokenizer) -> int:

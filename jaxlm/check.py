@@ -210,7 +210,7 @@ def _try(function: Callable, *args):
 
 def _with_rows(config: Config, meshes: dict[str, Mesh], rows: int | None) -> Config:
     """The config with `rows` in a batch, or the fewest that all meshes split. Raises UserError."""
-    unit = (config.train.accumulation or 1) * math.lcm(*(batch_shards(m) for m in meshes.values()))
+    unit = config.train.fewest_parts * math.lcm(*(batch_shards(m) for m in meshes.values()))
     for count in [rows] if rows else range(unit, 64 * unit + 1, unit):
         train = dataclasses.replace(config.train, batch_size=count)
         candidate = dataclasses.replace(config, train=train)

@@ -133,7 +133,7 @@ class TrainConfig:
     """Updates in a row skipped for a non-finite loss or gradient before the run stops."""
 
     def __post_init__(self):
-        if self.batch_size % (self.accumulation or 1):
+        if self.batch_size % self.fewest_parts:
             raise UserError(
                 f"train.batch_size={self.batch_size} is not a multiple of train.accumulation="
                 f"{self.accumulation}: use an accumulation of "
@@ -141,6 +141,11 @@ class TrainConfig:
             )
         prompted = self.sample_prompt != "", "a train.sample_prompt"
         check_read("train", self, sample_tokens=prompted)
+
+    @property
+    def fewest_parts(self) -> int:
+        """Micro-batches of an update, at least; `step.micro_batches` settles what is left open."""
+        return self.accumulation or 1
 
 
 @dataclass(frozen=True, config=STRICT)

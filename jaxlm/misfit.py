@@ -100,13 +100,12 @@ def _training_misfit(config: Config, sizes: dict[str, int]) -> str | None:
             "out of the mesh"
         )
     shards = sizes["dp"] * sizes["fsdp"] * sizes["ep"]
-    rows = config.train.batch_size // (config.train.accumulation or 1) // shards
+    rows = config.train.batch_size // config.train.fewest_parts // shards
     return _rows_misfit(config, shards) or (_pipeline_misfit(config, pp, rows) if pp > 1 else None)
 
 
 def _rows_misfit(config: Config, shards: int) -> str | None:
-    train = config.train
-    count = train.accumulation or 1
+    train, count = config.train, config.train.fewest_parts
     rows = train.batch_size // count
     if rows % shards:
         return (

@@ -6,16 +6,14 @@ line. Errors are one sentence with the key, the value and the nearest right one.
 
 import argparse
 import dataclasses
-import difflib
 import errno
 import json
 import os
 import re
 import signal
 import sys
-import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -23,7 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from jaxlm.config import Config
 from jaxlm.data_config import DROPOUT
-from jaxlm.errors import NonFiniteError, UserError, nearest, show
+from jaxlm.errors import NonFiniteError, UserError, nearest
+from jaxlm.mistakes import dataclass_in, is_union, leaves, nearest_key, origins, sentence_of
 from jaxlm.model_config import ModelConfig
 from jaxlm.presets import PRESETS
 from jaxlm.yaml_file import Loader, dump_yaml, read_yaml
@@ -47,16 +46,14 @@ def parse_config(
     parser = _parser(command, description)
     if add_arguments is not None:
         add_arguments(parser)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(_unknown_argument(unknown[0], parser))
+    known = parser.parse_args(argv)
     arguments = vars(known)
     path = arguments.pop("config", None)
     if path == "":
         raise UserError("--config= is empty: give a YAML file, or leave it out")
     path = path and os.path.expanduser(path)
     printing = arguments.pop("print_config", False)
-    keys = dict(_leaves(Config))
+    keys = dict(leaves(Config))
     overrides = {}
     for key in [k for k in arguments if k in keys]:
         _set(overrides, key, _read_value(key, arguments.pop(key), keys[key]))
@@ -74,6 +71,13 @@ def parse_config(
 
 class OneSentenceParser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, without the usage above it."""
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse does; the error for an unknown option names the nearest."""
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise UserError(_unknown_argument(unknown[0], self))
+        return known
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message)
@@ -108,7 +112,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, UserError):
         return f"error: {error}", EXIT_USER_ERROR
     if isinstance(error, ValidationError):  # of a config put together from several sources
-        return f"error: {_sentence(error.errors()[0])}", EXIT_USER_ERROR
+        return f"error: {sentence_of(error.errors())}", EXIT_USER_ERROR
     if isinstance(error, NonFiniteError):
         return f"stopped: {error}", EXIT_NONFINITE
     # JAX's, known by its text: importing JAX here would be slow.
@@ -147,18 +151,19 @@ def build_config(
     UserError, naming `source` for what stands in the file.
     """
     overrides = overrides or {}
-    where = f" (in {source})" if source else ""
+    in_source = f"in {source}" if source else ""
     for layer in (file, overrides):
         if not isinstance(layer.get("model", {}), dict):
-            raise UserError(f"model={layer['model']!r}{where}: give its fields, one a line")
+            raise UserError(f"model={layer['model']!r} {in_source}: give its fields, one a line")
     in_file, in_line = file.get("model", {}), overrides.get("model", {})
     default = ModelConfig.__dataclass_fields__["preset"].default
     preset = in_line.get("preset", in_file.get("preset", default))
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise UserError(
+        sentence = (
             f"model.preset={preset!r} is not known"
             f"{nearest(str(preset), PRESETS) or ' (presets: ' + ', '.join(PRESETS) + ')'}"
         )
+        raise UserError(sentence + origins(sentence, [("", overrides), (in_source, file)]))
     fields = PRESETS[preset] or ModelConfig.__dataclass_fields__.keys() - {"preset"}
     if in_line.get("preset", in_file.get("preset")) != in_file.get("preset") and set(fields) <= set(
         in_file
@@ -173,16 +178,17 @@ def build_config(
         dropped = {"model"} if chosen else set()
         if any(_names_tokenizer(layer.get("tokenizer", {})) for layer in (file, overrides)):
             dropped.add("tokenizer")
-        base |= {key: value for key, value in below.items() if key not in dropped}
+        below = {key: value for key, value in below.items() if key not in dropped}
+        base |= below
     merged = _merge(_merge(base, file), overrides)
     try:
         # As JSON: pydantic's strict mode takes mappings for dataclasses only there.
         return TypeAdapter(Config).validate_json(json.dumps(merged, default=str))
     except ValidationError as error:
-        sentence = _sentence(error.errors()[0])
-        named = {*re.findall(r"[\w.]+", sentence)}
-        is_in_line = not named.isdisjoint(_given(overrides))
-        raise UserError(sentence if is_in_line else sentence + where) from None
+        sentence = sentence_of(error.errors())
+        start = overrides.get("init_from", file.get("init_from"))
+        layers = [("", overrides), (in_source, file), (f"of init_from={start}", below or {})]
+        raise UserError(sentence + origins(sentence, layers)) from None
 
 
 def read_config(path: Path) -> Config:
@@ -197,28 +203,7 @@ def dump_config(config: Config) -> str:
 
 def flatten(config: Config) -> dict[str, object]:
     """Every leaf of the experiment by its dotted key."""
-    return {key: _get(config, key) for key, _ in _leaves(Config)}
-
-
-def _dataclass_in(annotation) -> type | None:
-    """The dataclass that an annotation such as `RopeScaling | None` holds."""
-    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    return next((o for o in options if dataclasses.is_dataclass(o)), None)
-
-
-def _is_union(annotation) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-
-def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Every dotted key of a dataclass with its annotation, depth first."""
-    for name, hint in typing.get_type_hints(kind).items():
-        inner = _dataclass_in(hint)
-        # An optional section is a leaf of its own too: `--model.rope_scaling=null`.
-        if inner is None or _is_union(hint):
-            yield prefix + name, hint
-        if inner is not None:
-            yield from _leaves(inner, f"{prefix}{name}.")
+    return {key: _get(config, key) for key, _ in leaves(Config)}
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -237,7 +222,7 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
         "--print_config", action="store_true", help="print the merged experiment as YAML and exit"
     )
     sections: dict[str, argparse._ArgumentGroup] = {}
-    for key, hint in _leaves(Config):
+    for key, hint in leaves(Config):
         section, _, _ = key.rpartition(".")
         if section and section not in sections:
             sections[section] = parser.add_argument_group(section, _doc(section))
@@ -251,14 +236,14 @@ def _field(key: str):
     kind, *_ = [Config]
     *sections, name = key.split(".")
     for section in sections:
-        kind = _dataclass_in(typing.get_type_hints(kind)[section])
+        kind = dataclass_in(typing.get_type_hints(kind)[section])
     return kind.__pydantic_fields__[name]
 
 
 def _doc(section: str) -> str:
     hint = typing.get_type_hints(Config)
     for name in section.split("."):
-        kind = _dataclass_in(hint[name])
+        kind = dataclass_in(hint[name])
         hint = typing.get_type_hints(kind)
     return kind.__doc__.strip()
 
@@ -284,7 +269,7 @@ def _metavar(hint) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return "{" + ",".join(map(str, arguments)) + "}"
-    if _is_union(hint):
+    if is_union(hint):
         return _metavar(next(a for a in arguments if a is not type(None)))
     if origin is tuple:
         return "LIST"
@@ -307,54 +292,12 @@ def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> str:
     options = [o.lstrip("-") for action in parser._actions for o in action.option_strings]
     if not name.startswith("-"):
         return f"argument {argument!r} is not understood: options are written --KEY=VALUE"
-    return f"unknown option {name!r}{_nearest_key(name.lstrip('-'), options, '--')}"
-
-
-def _given(layer: dict, prefix: str = "") -> Iterator[str]:
-    """The full names of the keys that a layer sets."""
-    for key, value in layer.items():
-        if isinstance(value, dict):
-            yield from _given(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def _sentence(error: dict) -> str:
-    """One of pydantic's errors as one sentence."""
-    original = error.get("ctx", {}).get("error")
-    if isinstance(original, UserError):
-        return str(original)
-    path = [str(part) for part in error["loc"]]
-    keys = [key for key, _ in _leaves(Config)]
-    sections = sorted({k.rpartition(".")[0] for k in keys} - {""})
-    key, value = ".".join(path), error["input"]
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key {key!r}{_nearest_key(key, keys + sections)}"
-    key = key if key in keys else max((k for k in keys if key.startswith(k)), key=len, default=key)
-    if error["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return (
-            f"{key}={show(value)} is not one of {', '.join(choices)}"
-            f"{nearest(str(value).lower(), choices)}"
-        )
-    wanted = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{key}={show(value)} is wrong: it should be {wanted}"
+    return f"unknown option {name!r}{nearest_key(name.lstrip('-'), options, '--')}"
 
 
 def _names_tokenizer(settings: object) -> bool:
     """Whether settings of a tokenizer say which one it is, and not only how it is used."""
     return not isinstance(settings, dict) or not settings.keys() <= {*DROPOUT}
-
-
-def _nearest_key(key: str, keys: list[str], mark: str = "") -> str:
-    """The key with the closest name, of the same section if it can be; failing that, its keys."""
-    section, _, name = key.rpartition(".")
-    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
-    everywhere = {k.rpartition(".")[2]: k for k in keys}
-    for names in (siblings, everywhere):
-        if close := difflib.get_close_matches(name, names, n=1):
-            return f"; did you mean {mark + names[close[0]]!r}?"
-    return f": {section or 'an experiment'} has {', '.join(siblings)}"
 
 
 def _merge(base: dict, over: dict) -> dict:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -31,6 +32,13 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
+def nearest_path(path: Path, pattern: str = "*") -> str:
+    """`nearest` for a path that is not there, of what matches `pattern` in its folder."""
+    beside = {other.name: str(other) for other in path.parent.glob(pattern)}
+    match = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.5)
+    return f"; did you mean {beside[match[0]]!r}?" if match else ""
+
+
 def nearest_divisor(total: int, wanted: int) -> int:
     """The divisor of `total` closest to `wanted`."""
     divisors = [n for n in range(1, total + 1) if total % n == 0]
@@ -53,5 +61,5 @@ def check_read(section: str, config, **rules: tuple[bool, str]) -> None:
             usual = show(default)
             raise UserError(
                 f"{section}.{key}={show(value)} has no effect without {condition}: "
-                f"set that, or leave {key} at {usual}"
+                f"set that, or {section}.{key}={usual}"
             )

@@ -21,7 +21,7 @@ from jaxlm.checkpoint import (
 from jaxlm.cli import dump_config, flatten, read_config
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared
-from jaxlm.errors import UserError, show
+from jaxlm.errors import UserError, nearest_path, show
 from jaxlm.export.huggingface import is_model_folder
 from jaxlm.processes import Group
 from jaxlm.tokenizer import load_tokenizer
@@ -49,7 +49,8 @@ def find_step(path: Path, which: str = "last") -> Path:
     number of a step. Raises UserError for a path that is neither and for a damaged checkpoint.
     """
     if not path.exists():
-        raise UserError(f"{path} does not exist: give a run folder such as runs/default")
+        near = nearest_path(path) or ": give a run folder such as runs/default"
+        raise UserError(f"{path} does not exist{near}")
     if (path / STATE).is_dir():
         if which != "last":
             raise UserError(f"{path} is one step: leave out step={which}, or give its run")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from jaxlm.errors import UserError, nearest
+from jaxlm.errors import UserError, nearest_path
 
 
 def read_yaml(path: Path) -> dict:
@@ -14,7 +14,7 @@ def read_yaml(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = nearest(path.stem, [p.stem for p in path.parent.glob("*.yaml")])
+        near = nearest_path(path, "*.yaml")
         raise UserError(f"config file {path} does not exist{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from None

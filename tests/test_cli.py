@@ -14,9 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import task_of
 
-from jaxlm.cli import _leaves, build_config, dump_config, flatten, parse_config, read_config
+from jaxlm.cli import build_config, dump_config, flatten, parse_config, read_config
 from jaxlm.config import Config
 from jaxlm.errors import NonFiniteError, UserError
+from jaxlm.mistakes import leaves
 from jaxlm.presets import PRESETS
 
 
@@ -63,7 +64,7 @@ def values_for(hint):
     }[hint]
 
 
-HINTS = dict(_leaves(Config))
+HINTS = dict(leaves(Config))
 SPECIAL = {"model.preset": st.sampled_from(list(PRESETS)), "mesh": st.sampled_from(["dp", "tp2"])}
 
 
@@ -161,6 +162,8 @@ MISTAKES = [
     ("--config=", ["--config= is empty", "leave it out"]),
     ("--optim.name=adm", ["optim.name='adm'", "did you mean 'adam'"]),
     ("--optim.schedule=null", ["optim.schedule=null"]),
+    ("--train.class_weights=balance", ["a valid number or 'balanced'; did you mean 'balanced'"]),
+    ("--train.class_weights=[-1]", ["=-1 is wrong", "greater than 0 or 'balanced'"]),
     ("--model.preset=gpt2-124", ["model.preset='gpt2-124'", "did you mean 'gpt2-124m'"]),
 ]
 
@@ -203,7 +206,8 @@ def test_a_mistake_in_a_file_names_the_file(text, yaml_file):
 
 def test_a_missing_file_names_the_nearest(yaml_file):
     path = yaml_file("seed: 1\n", "small.yaml")
-    assert "did you mean 'small'" in refused(f"--config={path.with_name('smal.yaml')}")
+    for name in ("smal.yaml", "small.yml"):
+        assert f"did you mean '{path}'" in refused(f"--config={path.with_name(name)}")
     assert "cannot be read" in refused(f"--config={path.parent}")
 
 
@@ -215,6 +219,20 @@ def test_what_is_wrong_in_a_file_is_said_to_be_there(yaml_file):
     for other in ("--seed=3", "--out=runs/dropout"):
         assert refused(f"--config={path}", other) == f"{wrong} (in {path})"
     assert refused(f"--config={path}", "--model.dropout=2").endswith("less than 1")
+
+
+def test_what_is_wrong_between_layers_is_said_to_be_where_it_is(yaml_file):
+    path = yaml_file("task: masked_language_modelling\ntrain: {steps: 600}\nmodel: {preset: x}\n")
+    assert refused(f"--config={path}").endswith(f"(in {path})")
+    path = yaml_file("train: {steps: 600}\n")
+    sentence = refused(f"--config={path}", "--model.kind=ngram")
+    assert sentence.startswith("train.steps=600 has no effect")
+    assert sentence.endswith(f"(train.steps in {path})")
+    file = {"task": "masked_language_modelling", "init_from": "runs/a"}
+    start = {"model": {"kind": "encoder", "labels": ["a", "b"]}, "task": "classification"}
+    with pytest.raises(UserError) as caught:
+        build_config(file, {}, "masked.yaml", start)
+    assert str(caught.value).endswith("set that, or model.labels=null (of init_from=runs/a)")
 
 
 def test_an_empty_file_is_the_defaults(yaml_file):

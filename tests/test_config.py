@@ -197,7 +197,7 @@ def test_a_field_that_nothing_would_read_is_an_error(key, value, others, needed)
     sections = others | {name: value}
     for section in reversed(path):
         sections = {section: sections}
-    refused([f"{key}=", "has no effect without", needed, f"leave {name} at"], **sections)
+    refused([f"{key}=", "has no effect without", needed, f"set that, or {key}="], **sections)
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def test_a_source_that_is_not_there(tmp_path):
     (tmp_path / "link").symlink_to("gone.txt")
     os.mkfifo(tmp_path / "pipe")
     cases = {
-        "corpsu.txt": "there is no such file or folder; did you mean 'corpus.txt'",
+        "corpsu.txt": r"there is no such file or folder; did you mean '.*/corpus\.txt'",
         "empty": "the folder has no file",
         "*.md": "no file matches",
         "emp*": r"it matches the folder .*/empty and no file: name the folder",

@@ -284,7 +284,9 @@ def test_languages_are_told_by_their_option(monkeypatch, tmp_path):
         (["--data=stdlib", "--data.target_column=x"], "is for task=translation or instruction"),
         (["--limit=0"], "above 0"),
         (["--picture=x.svg"], "is for task=classification"),
-        (["--tsk=x"], "unrecognized"),
+        (["--tsk=x"], "did you mean '--task'"),
+        (["--label_column=x"], "did you mean '--data.label_column'"),
+        (["--zzz=x"], "unknown option '--zzz': --help lists them"),
     ],
 )
 def test_mistakes_are_one_sentence(trained_run, arguments, words):

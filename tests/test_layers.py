@@ -19,6 +19,7 @@ FLOORS = [
         "config",
         "presets",
         "yaml_file",
+        "mistakes",
         "cli",
     },
     {

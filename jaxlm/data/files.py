@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxlm.errors import UserError, nearest
+from jaxlm.errors import UserError, nearest, nearest_path
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -73,8 +73,8 @@ def _why_missing(spec: str, path: Path) -> str:
         return f"it is a link to {os.readlink(path)}, which does not exist"
     if "," in spec:
         return f"there is no such file or folder; a list is written [{spec}]"
-    beside = os.listdir(path.parent) if path.parent.is_dir() else []
-    return f"there is no such file or folder{nearest(path.name, [*beside, 'stdlib'])}"
+    near = nearest_path(path) or nearest(spec, ["stdlib"])
+    return f"there is no such file or folder{near}"
 
 
 def _no_files(spec: str, reason: str) -> list[Path]:

@@ -27,6 +27,14 @@ def as_tuple(value):
     return tuple(value) if isinstance(value, list) else value
 
 
+def as_names(value):
+    """`as_tuple`, without empty names: as a path, one would be the current folder."""
+    names = as_tuple(value)
+    if isinstance(names, tuple) and "" in names:
+        raise ValueError("names; leave it out for none")
+    return names
+
+
 def as_text(value):
     """Let a number stand for its digits."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -44,5 +52,5 @@ MAX_SEED = 2**32 - 1  # what NumPy's and JAX's generators take
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 PathText = Annotated[str, BeforeValidator(as_path)]
 Text = Annotated[str, BeforeValidator(as_text), Field(min_length=1)]
-Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
 Weights = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]

@@ -160,6 +160,8 @@ MISTAKES = [
     ("--init_from=", ["init_from=''", "leave it out"]),
     ("--tokenizer.path=", ["tokenizer.path=''", "leave it out"]),
     ("--config=", ["--config= is empty", "leave it out"]),
+    ("--data.train=", ["data.train='' is wrong: it should be names"]),
+    ("--data.valid=[a.txt,'']", ["data.valid=", "it should be names"]),
     ("--optim.name=adm", ["optim.name='adm'", "did you mean 'adam'"]),
     ("--optim.schedule=null", ["optim.schedule=null"]),
     ("--train.class_weights=balance", ["a valid number or 'balanced'; did you mean 'balanced'"]),

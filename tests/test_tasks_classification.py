@@ -112,10 +112,27 @@ def test_unknown_labels_are_errors(run, tmp_path):
     message = r"v\.tsv, line 5: the label 'positiv' is none of .*; did you mean 'positive'\?"
     with pytest.raises(UserError, match=message):
         run(train, valid=valid)
-    with pytest.raises(UserError, match=r"a\.tsv, line 2: the label 'negative' is none of"):
-        run(train, {"labels": ["positive", "neutral"]})
+    valid = write(tmp_path / "w.tsv", [("mixed", "fine")])
+    with pytest.raises(UserError, match=r"none of data\.train's .*: give data\.train texts that"):
+        run(train, valid=valid)
+    message = r"v\.tsv, line 2: the label 'negative' is none of the model's .* model\.labels=null"
+    with pytest.raises(UserError, match=message):
+        run(str(tmp_path / "v.tsv"), {"labels": ["positive", "neutral"]})
+    (tmp_path / "f.jsonl").write_text('{"label": 1.0, "text": "a"}\n')
+    with pytest.raises(UserError, match=r"f\.jsonl, line 1: the label 1\.0 .*: write it as a str"):
+        run(str(tmp_path / "f.jsonl"))
     with pytest.raises(UserError, match=r"every training text has the label 'x'.*label_column"):
         run(write(tmp_path / "b.tsv", [("x", "one"), ("x", "two")]))
+
+
+def test_a_source_without_a_usable_record_says_why(run, tmp_path):
+    path = tmp_path / "latin1.tsv"
+    path.write_bytes("positive\tschön\nnegative\tübel\n".encode("latin-1"))
+    message = r"no record .*\(2 skipped as .*\): .*latin1\.tsv, line 1: byte .* is not valid UTF-8"
+    with pytest.raises(UserError, match=message):
+        run(str(path))
+    with pytest.raises(UserError, match=r"'stdlib', .* has no label and text: set data\.train to"):
+        run("stdlib")
 
 
 def test_texts_in_the_place_of_labels_are_an_error(run, tmp_path):

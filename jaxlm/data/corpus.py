@@ -170,11 +170,12 @@ class _Preparation:
         """How many items have each name."""
 
         def make(folder: Path) -> None:
-            counts = Counter(
-                self.form.name_of(item)
-                for origin in self.train
-                for item in self.form.items(origin, Counts())
-            )
+            counts = Counter()
+            for origin in self.train:
+                left_out, before = Counts(), counts.total()
+                counts.update(map(self.form.name_of, self.form.items(origin, left_out)))
+                if counts.total() == before:
+                    raise self._nothing("train", origin, left_out)
             (folder / "names.json").write_text(json.dumps(counts, sort_keys=True))
 
         def opened(folder: Path) -> dict[str, int]:
@@ -304,7 +305,10 @@ class _Preparation:
     def _nothing(
         self, field: str, origin: Origin, found: Counts | File, num_held_out: int = 0
     ) -> UserError:
-        skipped = found.skipped if isinstance(found, Counts) else found.num_skipped
+        skipped, remedy = getattr(found, "num_skipped", 0), "give it more text"
+        if isinstance(found, Counts):
+            skipped = found.skipped
+            remedy = (not num_held_out and found.first) or remedy
         causes = []
         if skipped:
             causes.append(f"{skipped} skipped as {self.form.bad}")
@@ -314,7 +318,7 @@ class _Preparation:
             causes.append(f"all {num_held_out} held out for validation")
         return UserError(
             f"data source {origin.spec!r} in data.{field} has no {self.form.item} with text left"
-            f" ({', '.join(causes) or 'all it has is empty'}): give it more text"
+            f" ({', '.join(causes) or 'all it has is empty'}): {remedy}"
         )
 
 

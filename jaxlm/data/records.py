@@ -28,6 +28,11 @@ PARQUET = (".parquet",)
 class BadRecord(UserError):
     """A record with an empty, null or invalid text: `data.on_bad` says what becomes of it."""
 
+    def __init__(self, problem: str):
+        """`problem` says where it is, what is wrong, and what would be right."""
+        super().__init__(f"{problem}, or set data.on_bad=skip to leave it out")
+        self.problem = problem
+
 
 @dataclass
 class Counts:
@@ -35,6 +40,8 @@ class Counts:
 
     skipped: int = 0
     """Documents with invalid UTF-8, or null; records with an empty field besides."""
+    first: str | None = None
+    """The `problem` of the first of them."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +119,14 @@ class Record:
 
     def bad(self, problem: str, remedy: str) -> BadRecord:
         """The error for a record that can be left out."""
-        return BadRecord(
-            f"{self.where}: {problem}: {remedy}, or set data.on_bad=skip to leave it out"
-        )
+        return BadRecord(f"{self.where}: {problem}: {remedy}")
 
     def _decode(self, value: bytes) -> str:
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
             place = f"byte {self.start + error.start}"
-            raise self.bad(f"{place} is not valid UTF-8", "convert the text") from error
+            raise self.bad(f"{place} is not valid UTF-8", "convert the text to it") from error
 
 
 def usable(
@@ -134,10 +139,11 @@ def usable(
     for record in records:
         try:
             item = read(record)
-        except BadRecord:
+        except BadRecord as error:
             if data.on_bad == "error":
                 raise
             counts.skipped += 1
+            counts.first = counts.first or error.problem
         else:
             yield item
 
@@ -151,6 +157,12 @@ def read_records(spec: str, data: DataConfig, columns: Sequence[Column]) -> Iter
     if spec.startswith("hf:"):
         yield from dataset_records(spec, columns)
         return
+    if spec == "stdlib":
+        names = " and ".join(column.name for column in columns if column.number)
+        raise UserError(
+            f"data source 'stdlib', the default of data.train, has no {names}: set data.train to "
+            f"{', '.join((*TSV[:1], *JSON_LINES[:1], *PARQUET))} or hf:NAME with those"
+        )
     for path in list_files(spec):
         with readable(path):
             yield from file_records(path, data, columns)

@@ -42,6 +42,8 @@ class Classification(Examples):
 
     at_last: bool
     """Whether the head reads the last token, not the first."""
+    learns_names: bool = False
+    """Whether the labels are those of the training texts, not a model's."""
     ends: Ends | None = None
     """What stands before and behind each text, where that is not for the tokenizer to say."""
 
@@ -53,13 +55,24 @@ class Classification(Examples):
     def read(self, record: Record, origin: Origin) -> Labelled:
         label, text = self.columns
         value = record.value(label)
+        if isinstance(value, float):
+            raise UserError(
+                f"{record.where}: the label {value} is a number with a point, but labels are texts "
+                "or whole numbers: write it as a string or an integer"
+            )
         name = str(value) if isinstance(value, int) else record.text(label).strip()
         if self.names is not None and name not in self.names:
-            raise UserError(
-                f"{record.where}: the label {name[:40]!r} is none of the model's "
-                f"({', '.join(map(repr, self.names))}){nearest(name, self.names)}"
-            )
+            raise self._unknown(name, record.where)
         return Labelled(name, record.text(text))
+
+    def _unknown(self, name: str, where: str) -> UserError:
+        whose, remedy = "the model's", "to learn others, train with model.labels=null"
+        if self.learns_names:
+            whose, remedy = "data.train's", "give data.train texts that have it"
+        return UserError(
+            f"{where}: the label {name[:40]!r} is none of {whose} "
+            f"({', '.join(map(repr, self.names))}): {remedy}{nearest(name, self.names)}"
+        )
 
     def key(self, item: Labelled) -> str:
         return item.text
@@ -83,7 +96,7 @@ class Classification(Examples):
                 f"{texts:,} texts in {self._label_place}, which looks like text: set "
                 "data.label_column to the labels' column and data.text_field to the texts'"
             )
-        return dataclasses.replace(self, names=labels)
+        return dataclasses.replace(self, names=labels, learns_names=True)
 
     @property
     def _label_place(self) -> str:

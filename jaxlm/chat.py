@@ -99,7 +99,10 @@ class _Talk:
 
     def __init__(self, tokenizer: Tokenizer, messages: Sequence[Message]):
         if not tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template: give one, as chat_template.jinja")
+            raise UserError(
+                "the model has no chat template, which reads messages: give it texts, or fine-tune "
+                "it on messages first (--task=instruction with --init_from)"
+            )
         self._tokenizer = tokenizer
         self._special = _pattern(tuple(tokenizer.special_ids))
         contents = "".join(message.content for message in messages)

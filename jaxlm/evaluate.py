@@ -79,7 +79,7 @@ def _translations(name: str, figures: Figures, baseline: str | None) -> str:
     signatures = figures["signatures"].items()
     lines = [f"{language}: {text}".removeprefix(": ") for language, text in signatures]
     count = f"{figures['texts']:,} texts"
-    if figures["left_out"]:
+    if figures.get("left_out"):
         count += f"; {figures['left_out']:,} are longer than the run's rows and left out"
     return "\n".join([_table(rows), count, *lines, "", _losses(name, figures, None)])
 

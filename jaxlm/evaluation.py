@@ -122,15 +122,7 @@ def _prepare(model: LanguageModel, config: Config, request: Request, report: Rep
     form = make_form(dataclasses.replace(config, data=data))
     if config.task == "classification":
         form = dataclasses.replace(form, ends=(model.prefix, model.suffix))
-    said: set[str] = set()
-
-    def once(line: str) -> None:
-        """What is said of texts to train on is said again of the same texts to validate on."""
-        if line not in said:
-            said.add(line)
-            report(line)
-
-    return prepare(data, TokenizerConfig(kind="file", path=str(model.source)), once, form)
+    return prepare(data, TokenizerConfig(kind="file", path=str(model.source)), report, form)
 
 
 def _languages(model: LanguageModel, config: Config, request: Request) -> dict[str, object]:
@@ -245,7 +237,9 @@ def _translation(
     texts = [text for (text,) in continue_rows(model, rows, settings)]
     metrics, signatures = translation_metrics(texts, pairs)
     figures = _losses(model, config, prepared, request, report)
-    counts = {"texts": len(pairs), "left_out": sum(file.num_dropped for file in prepared.valid)}
+    counts = {"texts": len(pairs)}
+    if request.limit is None:  # else it is not known of so many
+        counts["left_out"] = sum(file.num_dropped for file in prepared.valid)
     return figures | metrics | {"signatures": signatures} | counts
 
 

@@ -90,13 +90,15 @@ def find_step(path: Path, which: str = "last") -> Path:
 def with_found(config: Config, prepared: Prepared) -> Config:
     """The config with what its data settles: the vocabulary's size, and a classifier's labels.
 
-    Raises UserError for a vocabulary that is less than is needed.
+    Raises UserError for a vocabulary that is less than is needed, by another tokenizer than that of
+    `init_from` if that is why.
     """
     model = config.model
     if config.task == "classification":
         model = dataclasses.replace(model, labels=prepared.form.names)
     size, given = prepared.tokenizer.vocab_size, model.vocab_size
     if given is not None and given < size:
+        _check_tokenizer(config, prepared)
         raise UserError(
             f"model.vocab_size={given} is less than the tokenizer's {size} tokens: leave it out, "
             f"or set it to {size} or more"
@@ -130,16 +132,24 @@ def claim(run: Path, config: Config, prepared: Prepared) -> None:
                 f"{run} was trained on other data (changed since: {', '.join(changed)}): restore "
                 "that data, or give another --out"
             )
-    elif config.init_from is not None:
-        start = Path(config.init_from)
-        theirs = load_tokenizer(start if is_model_folder(start) else find_step(start))
-        if theirs.fingerprint != prepared.tokenizer.fingerprint:
-            raise UserError(
-                f"init_from={config.init_from} was trained with another tokenizer: set "
-                "tokenizer.kind=file and tokenizer.path to its own, or leave them out"
-            )
+    else:
+        _check_tokenizer(config, prepared)
     write_atomically(run / DATA, json.dumps(data))
     write_atomically(run / CONFIG, dump_config(config))
+
+
+def _check_tokenizer(config: Config, prepared: Prepared) -> None:
+    """Raise UserError where the model to start from was trained with another tokenizer."""
+    if config.init_from is None:
+        return
+    start = Path(config.init_from)
+    theirs = load_tokenizer(start if is_model_folder(start) else find_step(start))
+    if theirs.fingerprint != prepared.tokenizer.fingerprint:
+        raise UserError(
+            f"init_from={config.init_from} was trained with another tokenizer than that of "
+            f"tokenizer.kind={config.tokenizer.kind}: leave out what says which tokenizer, also "
+            "in --config, to have its own"
+        )
 
 
 def check_unchanged(run: Path, config: Config) -> None:

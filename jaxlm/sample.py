@@ -61,7 +61,10 @@ def _check_model(model: LanguageModel, chats: bool, settings: dict) -> None:
         option = "chat" if chats else min(settings)
         raise UserError(f"--{option} has no effect on a classifier: leave it out")
     if chats and (task == "translation" or not model.tokenizer.chat_template):
-        raise UserError("the model has no chat template, so it cannot chat: leave out --chat")
+        raise UserError(
+            "the model has no chat template, so it cannot chat: leave out --chat"
+            + ("" if task == "translation" else ", or fine-tune it first by --task=instruction")
+        )
     target = settings.get("target")
     if target is not None and task != "translation":
         raise UserError(f"--target={target} is for a translation model: leave it out")

@@ -64,7 +64,8 @@ def _too_little_text(vocab_size: int, message: str) -> UserError:
     remedy = "give it more text"
     # 256 bytes, and the text's characters: what is just above them fails again.
     if largest and int(largest[1]) > 320:
-        remedy += f", or set tokenizer.vocab_size to {largest[1]} or less"
+        remedy += f", set tokenizer.vocab_size to {largest[1]} or less"
+    remedy += ", or take a tokenizer that is there, by init_from or tokenizer.kind=file"
     return UserError(f"too little text to learn tokenizer.vocab_size={vocab_size} tokens: {remedy}")
 
 

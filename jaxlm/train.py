@@ -207,6 +207,12 @@ class Trainer:
             f"{verb}: {count} parameters on {tokens:,} tokens of text{group}, run folder "
             f"{self.run_folder}"
         )
+        steps, warmup = self.config.train.steps, self.config.optim.warmup_steps
+        if warmup is not None and warmup > steps:
+            self.display.line(
+                f"optim.warmup_steps={warmup} is more than train.steps={steps}: the run ends "
+                "before it reaches optim.learning_rate"
+            )
 
     def _finish(self) -> int:
         self.checkpoints.wait()

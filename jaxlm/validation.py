@@ -247,8 +247,8 @@ class MaskedValidation(Validation):
 
     def suggestion(self, run_folder):
         return (
-            f"python -m jaxlm.train --task=classification --init_from={run_folder} "
-            f"--out={run_folder}-labels --data.train=LABELLED.tsv"
+            "python -m jaxlm.train --config=configs/sentiment-finetune.yaml "
+            f"--init_from={run_folder} --out={run_folder}-labels --data.train=LABELLED.tsv"
         )
 
 

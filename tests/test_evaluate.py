@@ -89,7 +89,9 @@ def test_other_texts_are_read_with_the_models_tokenizer(trained_run, tmp_path, c
     text = tmp_path / "text.txt"
     text.write_text("ab cd é\n" * 50)
     evaluate.main([str(trained_run), f"--data={text}", "--json"])
-    found = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert captured.err.count(f"{text}: ") == 1
     assert found["task"] == "language_modelling" and found["bytes"] == len(text.read_bytes())
     assert found["model"].endswith("step_00000060")
     evaluate.main([str(trained_run), f"--data=[{text},{text}]"])
@@ -188,7 +190,11 @@ def test_translations_are_evaluated_as_they_were_validated(task_run, capsys):
     capsys.readouterr()  # what training printed
     evaluate.main([str(run), "--json", "--limit=5"])
     searched = json.loads(capsys.readouterr().out)
-    assert searched["texts"] == 5 and "tok:13a" in searched["signatures"][""]
+    assert (
+        searched["texts"] == 5
+        and "left_out" not in searched
+        and "tok:13a" in searched["signatures"][""]
+    )
     evaluate.main([str(run), "--limit=5", "--num_beams=1"])
     assert capsys.readouterr().out.split()[:2] == ["BLEU", "chrF"]
 
@@ -245,7 +251,8 @@ def test_translations_are_evaluated_as_translate_makes_them(monkeypatch, tmp_pat
     for module in (evaluation, texts):
         monkeypatch.setattr(module, "continue_rows", remember)
     request = Request(data=(str(data),), beams=Beams(num_beams=beams, length_penalty=0.6))
-    evaluation.evaluate(model, request)
+    found = evaluation.evaluate(model, request)
+    assert found["left_out"] == 0
     length = model.config.seq_len
     jaxlm.translate(model, ["the fox", "the dog"], num_beams=beams, max_new_tokens=length)
     assert seen[0] == seen[1] and seen[0][0].eos_id is not None

@@ -137,7 +137,7 @@ def test_a_classifier_gives_labels_and_probabilities():
         ("language_modelling", lambda m: translate(m, "a"), "use jaxlm.generate"),
         ("language_modelling", lambda m: generate(m, "a", target="de"), "leave it out"),
         ("language_modelling", lambda m: score(m, "a", "b"), "leave them out"),
-        ("language_modelling", lambda m: generate(m, TALK), "no chat template"),
+        ("language_modelling", lambda m: generate(m, TALK), "messages first (--task=instruction"),
         ("instruction", lambda m: generate(m, [{"role": "use", "content": ""}]), "'use'"),
         ("instruction", lambda m: generate(m, [TALK, "a"]), "prompts[0] is"),
         ("instruction", lambda m: generate(m, [*TALK, ANSWER]), "ends with the assistant's turn"),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ from conftest import tiny_arguments
 
 from jaxlm import train
 from jaxlm.checkpoint import complete_steps
-from jaxlm.cli import read_config
+from jaxlm.cli import parse_config, read_config
 from jaxlm.errors import NonFiniteError, UserError
 from jaxlm.monitor import read_metrics
 from jaxlm.processes import Group
 from jaxlm.tasks.batch import Batch
-from jaxlm.validation import TranslationValidation, opening
+from jaxlm.validation import MaskedValidation, TranslationValidation, opening
 
 
 @pytest.fixture
@@ -74,6 +75,16 @@ def test_the_command_to_try_chooses_a_language_where_there_are_several(names, ta
     assert command == f"python -m jaxlm.sample runs/x {target}--prompt='Save the file.'"
 
 
+def test_the_command_after_reading_has_what_fine_tuning_needs(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    command = MaskedValidation.suggestion(None, "runs/x")
+    start = {"model": {"kind": "encoder", "max_seq_len": 64}, "data": {"seq_len": 64}}
+    argv = command.removeprefix("python -m jaxlm.train ").split()
+    config, _ = parse_config(argv, "jaxlm.train", "Train.", read_start=lambda path: start)
+    assert (config.task, config.init_from, config.seq_len) == ("classification", "runs/x", 64)
+    assert config.optim.learning_rate == 2e-3 and config.out == "runs/x-labels"
+
+
 @pytest.mark.slow
 def test_without_a_prompt_the_sample_begins_as_a_validation_text(arguments, corpus, capsys):
     given = [a for a in arguments(train__steps=2) if not a.startswith("--train.sample_prompt")]
@@ -120,8 +131,9 @@ def test_non_finite_updates_are_counted_and_stop_the_run_with_an_explanation(arg
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["skipped"] == 3
 
 
-def test_training_starts_from_another_run(arguments, trained_run, tmp_path):
+def test_training_starts_from_another_run(arguments, trained_run, tmp_path, capsys):
     assert train.main(arguments(init_from=trained_run, train__steps=1)) == 0
+    assert "optim.warmup_steps=5 is more than train.steps=1: " in capsys.readouterr().out
     first = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss"]
     last = read_metrics(trained_run / "metrics.jsonl")[-2]["loss"]
     assert first == pytest.approx(last, abs=0.3)
@@ -132,6 +144,7 @@ def test_what_cannot_be_is_one_sentence(arguments, trained_run, corpus, tmp_path
     cases = {
         "does not exist": {"init_from": tmp_path / "nowhere"},
         "another tokenizer": {"init_from": trained_run, "tokenizer__vocab_size": 310},
+        "also in --config": {"init_from": trained_run, "tokenizer__vocab_size": 330},
         "less than the tokenizer's 320": {"model__vocab_size": 310},
         "layers/attention": {"init_from": trained_run, "model__d_ff": 128, "model__num_layers": 3},
         "cannot be made": {"out": corpus / "000.txt" / "run"},

@@ -121,7 +121,8 @@ class _Preparation:
         for origin, (kept, held_out) in zip(self.train, train, strict=True):
             if not len(kept):
                 raise self._nothing("train", origin, kept, len(held_out))
-        valid = [self._files(origin, 0, tokenizer)[0] for origin in self.valid]
+        same = {} if dropout else dict(zip(self.train, train, strict=True))
+        valid = [(same.get(o) or self._files(o, 0, tokenizer))[0] for o in self.valid]
         for origin, file in zip(self.valid, valid, strict=True):
             if not len(file):
                 raise self._nothing("valid", origin, file)

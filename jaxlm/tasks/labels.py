@@ -51,8 +51,9 @@ def label_sums(model, params, batch: Batch) -> LabelSums:
 def label_metrics(sums: LabelSums) -> dict[str, float]:
     """Loss, accuracy, macro-F1 and calibration error of all texts.
 
-    A label's F1 is 0 where it is neither there nor predicted. The calibration error is the expected
-    one of Naeini et al. (2015): how far confidence and accuracy are apart, over bins.
+    Macro-F1 is over all the model's labels: one that is neither there nor predicted counts as 0.
+    The calibration error is the expected one of Naeini et al. (2015): how far confidence and
+    accuracy are apart, over bins.
     """
     confusion = np.asarray(sums.confusion, np.float64)
     count, confidence, right = np.asarray(sums.bins, np.float64)

@@ -60,10 +60,13 @@ def load(
     mesh: str | Mesh | None = None,
     dtype: str | None = None,
     average_last: int | None = None,
+    step: str | int = "last",
 ):
-    """Load a run folder (its newest sound checkpoint), one of its step folders, or a folder of
-    Hugging Face transformers (config.json, safetensors, tokenizer).
+    """Load a run folder, one of its step folders, or a folder of Hugging Face transformers
+    (config.json, safetensors, tokenizer).
 
+    `step` says which checkpoint of a run: "last", the newest sound one, "best" (the lowest
+    validation loss) or a number.
     `mesh` is a text such as `"dp2,tp2"` or a Mesh; None is one device. `dtype` ("float32" or
     "bfloat16") is the compute type; None is the run's. Where the run kept an exponential moving
     average of its parameters, that is what is loaded; with `average_last` it is the mean of the
@@ -73,7 +76,7 @@ def load(
     """
     if not isinstance(path, str | Path) or not isinstance(mesh, str | Mesh | None):
         raise UserError(f"load({path!r}, mesh={mesh!r}): give a path, and a mesh such as 'dp2,tp2'")
-    folder = find_model(path)
+    folder = find_model(path, str(step))
     config, tokenizer, (prefix, suffix) = read_description(folder)
     if dtype is not None:
         if dtype not in ("float32", "bfloat16"):

@@ -35,7 +35,9 @@ def main(argv: list[str]) -> None:
     )
     if arguments.picture is not None:
         _check_picture(Path(arguments.picture).expanduser())
-    model = load(arguments.path, arguments.mesh, average_last=arguments.average_last)
+    model = load(
+        arguments.path, arguments.mesh, average_last=arguments.average_last, step=arguments.step
+    )
     figures = evaluate(model, request, lambda line: print(line, file=sys.stderr))
     if arguments.picture is not None:
         _draw(figures, arguments.picture)
@@ -142,6 +144,8 @@ def _list(text: str | None) -> tuple[str, ...]:
     """`a` or `[a,b]`, as configs have them."""
     if text is None:
         return ()
+    if text == "":
+        raise UserError("--data and --languages take names: leave them out for none")
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else None
     return as_tuple(text) if inner is None else tuple(x.strip() for x in inner.split(","))
 
@@ -186,6 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--limit", type=_count, help="only so many of each source's documents or records"
+    )
+    parser.add_argument(
+        "--step", default="last", help="of a run: last, best (validation) or a number [%(default)s]"
     )
     parser.add_argument(
         "--average_last", type=_count, help="take the mean of the run's last N checkpoints"

@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jaxlm.api import LanguageModel, load
@@ -19,18 +19,21 @@ from jaxlm.tasks.translation import languages_of
 from jaxlm.texts import classify, generate, translate
 
 # What `translate` takes; with any other setting a translation is sampled instead.
-SEARCH = {"max_new_tokens", "num_beams", "length_penalty", "target"}
+SEARCH = {"max_new_tokens", "num_beams", "length_penalty", "target", "say"}
 
 
 def main(argv: list[str]) -> None:
     """Answer the prompt, standard input, every prompt of a file, or each line typed."""
     settings = vars(_parser().parse_args(argv))
     places = [settings.pop(name, None) for name in ("run", "mesh", "dtype", "average_last")]
+    step = settings.pop("step", "last")
     asked = {name: settings.pop(name, None) for name in ("prompt", "prompts", "out", "system")}
     chats = settings.pop("chat", False)
     _check_options(asked, chats)
-    model = load(*places)
+    model = load(*places, step=step)
     _check_model(model, chats, settings)
+    if "max_new_tokens" in settings:  # else fewer are no surprise
+        settings["say"] = _say
     if asked["prompts"] is not None:
         _answer_file(model, Path(asked["prompts"]), asked["out"], settings)
         return
@@ -135,6 +138,10 @@ class _Chat:
         self._said = [*asked, {"role": "assistant", "content": answer}]
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def _pieces(model: LanguageModel, prompt, settings: dict) -> Iterator[str]:
     """The continuation as it comes, or at once where it is searched for."""
     if settings.get("num_beams", 1) == 1:
@@ -153,10 +160,12 @@ def _print(pieces: Iterator[str]) -> str:
 
 def _answer_file(model: LanguageModel, file: Path, out: str | None, settings: dict) -> None:
     """Answer every prompt of a file, as JSON lines in its order."""
-    requests = list(_requests(file))
+    # What others make of a prompt has the name `text`.
+    keys = ("prompt", "text") if model.config.task == "classification" else ("prompt", "messages")
+    requests = list(_requests(file, keys))
     answers: dict[int, dict] = {}
     # Texts and conversations are different calls.
-    for key in ("prompt", "messages"):
+    for key in keys:
         places = [i for i, request in enumerate(requests) if key in request]
         found = _answers(model, [requests[i][key] for i in places], settings)
         answers |= dict(zip(places, found, strict=True))
@@ -174,7 +183,7 @@ def _answer_file(model: LanguageModel, file: Path, out: str | None, settings: di
 def _answers(model: LanguageModel, prompts: list, settings: dict) -> list[dict]:
     """What a model makes of prompts, under the names that a line of results has."""
     if model.config.task == "classification":
-        found = classify(model, prompts)
+        found = classify(model, prompts, say=_say)
         return [{"label": c.label, "probabilities": c.probabilities} for c in found]
     is_search = False
     if model.config.task == "translation":
@@ -184,9 +193,9 @@ def _answers(model: LanguageModel, prompts: list, settings: dict) -> list[dict]:
     return [{"text": text} for text in answer(model, prompts, **settings)]
 
 
-def _requests(file: Path) -> Iterator[dict]:
-    """The prompts of a file: objects with `prompt` or `messages` where its name ends in .jsonl,
-    else a prompt a line."""
+def _requests(file: Path, keys: Sequence[str]) -> Iterator[dict]:
+    """The prompts of a file: objects with one of `keys` where its name ends in .jsonl, else a
+    prompt a line."""
     try:
         lines = file.expanduser().read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
@@ -201,9 +210,9 @@ def _requests(file: Path) -> Iterator[dict]:
             request = json.loads(line)
         except ValueError:
             request = None
-        if not isinstance(request, dict) or ("prompt" in request) == ("messages" in request):
+        if not isinstance(request, dict) or sum(key in request for key in keys) != 1:
             raise UserError(
-                f"line {number} of {file} is not a JSON object with either prompt or messages: "
+                f"line {number} of {file} is not a JSON object with either {' or '.join(keys)}: "
                 "write one a line"
             )
         yield request
@@ -226,9 +235,14 @@ def _parser() -> argparse.ArgumentParser:
         default = defaults.get(name, "") if "type" in options else ""
         parser.add_argument(f"--{name}", help=f"{text} {default}".strip(), **options)
 
-    parser.add_argument("run", metavar="RUN", help="run folder, or one of its step folders")
+    where = "run folder, one of its step folders, or Hugging Face folder"
+    parser.add_argument("run", metavar="RUN", help=where)
     add("prompt", "the text; - reads standard input; left out: ask for texts")
-    add("prompts", "file of texts, one a line, or .jsonl with prompt or messages; gives JSON lines")
+    add(
+        "prompts",
+        "file of texts, one a line, or .jsonl with prompt or messages (of a classifier, text); "
+        "gives JSON lines",
+    )
     add("out", "file for the results of --prompts; left out: standard output")
     add("chat", "answer as the assistant of a conversation", action="store_true")
     add("system", "what the conversation of --chat starts from")
@@ -245,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     add("seed", "of the random numbers", type=int)
     add("mesh", "devices by axis, such as tp2; left out: one device")
     add("dtype", "float32 or bfloat16; left out: as trained")
+    add("step", "of a run: last, best (validation) or a number [last]")
     add("average_last", "take the mean of the run's last N checkpoints", type=int, metavar="N")
     return parser
 

@@ -1,7 +1,7 @@
 """What a loaded model does with texts: `generate`, `translate`, `chat`, `score`, `classify`."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ from jaxlm.api import LanguageModel, load
 from jaxlm.beam import Beams
 from jaxlm.chat import Message, encode_prompt, turn_end
 from jaxlm.continuing import ROWS_AT_ONCE, Row, Settings, continue_rows, make_settings, stream_row
+from jaxlm.data.forms import counted
 from jaxlm.errors import UserError
 from jaxlm.sampling import Sampling
 from jaxlm.tasks.classification import encode_texts
@@ -31,8 +32,8 @@ class Score:
     token_logprobs: list[float]
     """log P(token | those before), one per token after the first."""
     tokens: list[int]
-    """The text's token ids, the first of them what every text starts with; of a translation the
-    last is end-of-text."""
+    """The text's token ids, one more than `token_logprobs`: the first of them is what every text
+    starts with. Of a translation the last is end-of-text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ def generate(
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
     target: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ):
     """Continue texts. A string gives a string, a list a list: the continuation alone.
 
@@ -73,7 +75,8 @@ def generate(
     `temperature=0` takes the likeliest token each time. `num_samples` above 1 gives a list for
     each prompt. `stop` ends a text before any of these strings. `stream=True` takes one prompt and
     gives an iterator of pieces of text, never half a character. A text also ends where the model
-    says so, after `max_new_tokens`, and at the model's `max_seq_len`.
+    says so, after `max_new_tokens`, and at the model's `max_seq_len`; `say` gets a line where that
+    comes first.
 
     `num_beams` above 1 searches for likely texts instead of sampling; `length_penalty` and
     `early_stopping` are those of `beam.Beams`, and `num_samples` is how many of the best to give.
@@ -94,6 +97,7 @@ def generate(
         raise UserError("stream=True takes one prompt (a string), num_samples=1 and num_beams=1")
     model = _as_model(model, mesh)
     rows, settings = _read(model, prompts, target, settings)
+    _say_room(model, rows, max_new_tokens, say)
     if stream:
         return stream_row(model, rows[0], settings)
     out = continue_rows(model, rows, settings)
@@ -111,13 +115,15 @@ def translate(
     max_new_tokens: int | None = None,
     early_stopping: bool | Literal["never"] = False,
     mesh: str | Mesh | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ):
     """Translate texts by beam search; a string gives a string, a list a list.
 
     `target` is the language to translate into, such as "de", for a model that was trained with
     several. `num_beams=1` is greedy, and reads neither of the other settings of `beam.Beams`.
-    `max_new_tokens` None is the model's `max_seq_len`. Raises UserError for a language the model
-    was not told of and for a model of another task.
+    `max_new_tokens` None is as many as fit the model's `max_seq_len`; `say` gets a line where more
+    are asked for. Raises UserError for a language the model was not told of and for a model of
+    another task.
     """
     model = _as_model(model, mesh)
     _check_task(model, "translate", "translation")
@@ -130,6 +136,7 @@ def translate(
         target=target,
         num_beams=num_beams,
         **({} if num_beams == 1 else search),
+        **({} if max_new_tokens is None else {"say": say}),
     )
 
 
@@ -178,17 +185,24 @@ def score(
 
 
 def classify(
-    model: LanguageModel | str | Path, texts: str | Sequence[str], mesh: str | Mesh | None = None
+    model: LanguageModel | str | Path,
+    texts: str | Sequence[str],
+    mesh: str | Mesh | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ):
     """The label of each text; a string gives a `Classification`, a list a list of them.
 
-    A text longer than the rows the model was trained on is truncated, as it was in training.
+    A text longer than the rows the model was trained on is truncated, as it was in training; `say`
+    gets a line that counts them.
     """
     texts, single = _as_list(texts, "texts")
     model = _as_model(model, mesh)
     _check_task(model, "classify", "classification")
     ends, longest = (model.prefix, model.suffix), model.config.seq_len
-    rows = [row for row, _ in encode_texts(model.tokenizer, texts, longest, ends)]
+    encoded = encode_texts(model.tokenizer, texts, longest, ends)
+    rows = [row for row, _ in encoded]
+    if num_cut := sum(is_cut for _, is_cut in encoded):
+        say(f"{num_cut:,} of {counted(len(texts), 'text')} cut to {longest} tokens, as in training")
     labels = model.config.model.labels
     found: dict[int, Classification] = {}
     for part in _alike(rows):
@@ -280,6 +294,20 @@ def _read(
                 f"new ones: the model handles {longest} (model.max_seq_len) in all; shorten it"
             )
     return list(map(Row, rows)), settings
+
+
+def _say_room(
+    model: LanguageModel, rows: list[Row], wanted: int, say: Callable[[str], None]
+) -> None:
+    """Say it where the model has room for fewer new tokens than are wanted."""
+    longest = model.config.model.max_seq_len
+    room = min((longest - len(row.prompt) for row in rows), default=wanted)
+    if wanted > room:
+        few = room if len(rows) == 1 else f"as few as {room}"
+        say(
+            f"max_new_tokens={wanted} is more than fits: the model handles {longest} tokens "
+            f"(model.max_seq_len), which leaves {few} for new ones"
+        )
 
 
 def _sources(model: LanguageModel, texts: list[str], target: str | None) -> list[list[int]]:

@@ -101,6 +101,7 @@ def test_bfloat16_is_close(model, trained_run):
 def test_a_step_folder_is_loaded_as_it_is(trained_run):
     first = jaxlm.load(trained_run / "checkpoints" / "step_00000030")
     assert (first.step, jaxlm.load(trained_run).step) == (30, 60)
+    assert jaxlm.load(trained_run, step=30).step == 30
 
 
 @pytest.mark.slow

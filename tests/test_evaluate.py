@@ -287,6 +287,7 @@ def test_languages_are_told_by_their_option(monkeypatch, tmp_path):
         (["--picture=x.png"], "an SVG file"),
         (["--task=instruction", "--baseline=ngram2"], "is for task=language_modelling"),
         (["--data=nowhere.txt"], "no such file"),
+        (["--data="], "--data and --languages take names"),
         (["--data.text_field=x"], "--data.text_field is for texts in --data"),
         (["--data=stdlib", "--data.target_column=x"], "is for task=translation or instruction"),
         (["--limit=0"], "above 0"),

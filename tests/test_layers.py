@@ -61,7 +61,7 @@ FLOORS = [
         "validation",
         "parity",
     },
-    {"train", "prepare", "evaluate", "check", "sample", "bench", "export.__main__"},
+    {"train", "prepare", "evaluate", "check", "sample", "bench", "export.__main__", "__main__"},
     {"__init__"},
 ]
 COMMANDS = 10

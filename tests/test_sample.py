@@ -52,7 +52,7 @@ def run_of(monkeypatch, capsys):
     """Runs the command on a random model of a task; gives what it printed."""
 
     def run(task: str, *arguments: str, typed: tuple[str, ...] | None = None) -> str:
-        monkeypatch.setattr(sample, "load", lambda *_: loaded(task))
+        monkeypatch.setattr(sample, "load", lambda *_, **__: loaded(task))
         if typed is not None:
             lines = iter([*typed, ""])
             monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
@@ -83,6 +83,25 @@ def test_a_classifier_prints_label_and_probabilities(run_of):
     made = run_of("classification", "--prompt=the fox").split()
     assert made[0] == made[1] == found.label
     assert float(made[2]) == pytest.approx(found.probabilities[found.label], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "said"),
+    [
+        (
+            "language_modelling",
+            ["--prompt=fox", "--max_new_tokens=500"],
+            ["max_new_tokens=500 is more than fits"],
+        ),
+        ("language_modelling", ["--prompt=fox"], []),
+        ("classification", [f"--prompt={'fox ' * 99}"], ["1 of 1 text cut to 64 tokens"]),
+    ],
+)
+def test_what_is_cut_short_is_said_beside_the_answer(monkeypatch, capsys, task, arguments, said):
+    monkeypatch.setattr(sample, "load", lambda *_, **__: loaded(task))
+    sample.main(["run", *arguments])
+    lines = capsys.readouterr().err.splitlines()
+    assert [words in line for words, line in zip(said, lines, strict=True)] == [True] * len(said)
 
 
 def test_a_chat_remembers_what_was_said(run_of):
@@ -116,6 +135,11 @@ def test_a_file_of_prompts_gives_json_lines(run_of, tmp_path):
     ]
     (found,) = run_of("classification", f"--prompts={plain}").splitlines()[:1]
     assert json.loads(found).keys() == {"prompt", "label", "probabilities"}
+    mixed.write_text('{"text": "the fox"}\n{"prompt": "dog"}\n')
+    for line, key in zip(
+        run_of("classification", f"--prompts={mixed}").splitlines(), ("text", "prompt"), strict=True
+    ):
+        assert json.loads(line).keys() == {key, "label", "probabilities"}
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,9 @@ def test_a_chat_is_continued_from_its_template():
 def test_a_classifier_gives_labels_and_probabilities():
     model = loaded("classification")
     texts = ["the fox", "dog " * 200, "brown", "the quick brown fox jumps"]
-    found = classify(model, texts)
+    said = []
+    found = classify(model, texts, say=said.append)
+    assert said == ["1 of 4 texts cut to 64 tokens, as in training"]
     for one in found:
         assert tuple(one.probabilities) == model.config.model.labels
         assert sum(one.probabilities.values()) == pytest.approx(1, abs=1e-6)
@@ -121,6 +123,19 @@ def test_a_classifier_gives_labels_and_probabilities():
     )
     assert len(cut) == model.config.seq_len
     assert classify(model, []) == []
+
+
+def test_what_does_not_fit_the_model_is_said_once():
+    model, said = loaded("language_modelling"), []
+    rows = [len(model.tokenizer.encode(text)) + 1 for text in SOURCES]
+    generate(model, SOURCES, max_new_tokens=64 - max(rows), say=said.append)
+    assert said == []
+    generate(model, SOURCES, max_new_tokens=500, say=said.append)
+    fewest = f"which leaves as few as {64 - max(rows)} for new ones"
+    assert len(said) == 1 and said[0].startswith("max_new_tokens=500") and fewest in said[0]
+    said.clear()
+    next(generate(model, SOURCES[0], max_new_tokens=500, say=said.append, stream=True))
+    assert [line.endswith(f"leaves {64 - rows[0]} for new ones") for line in said] == [True]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,30 @@
+"""`python -m jaxlm`: which commands there are."""
+
+from jaxlm.cli import run_command
+from jaxlm.errors import UserError
+
+COMMANDS = {
+    "train": "train a model, or continue its run",
+    "prepare": "tokenise the data now, so that training starts at once",
+    "sample": "what a trained model makes of texts: continue, answer, translate, classify",
+    "evaluate": "how good a model is on a task's texts",
+    "export": "write a model for another stack, and verify it there",
+    "check": "prove that a mesh computes what one device does",
+    "bench": "measure jaxlm beside what a user would take instead",
+}
+
+
+def main(argv: list[str]) -> None:
+    """Print a line for each command. Raises UserError for arguments."""
+    if argv and argv not in (["--help"], ["-h"]):
+        raise UserError(
+            f"python -m jaxlm takes no {argv[0]!r}: a command is written with a dot, such as "
+            "python -m jaxlm.train"
+        )
+    for name, what in COMMANDS.items():
+        print(f"python -m jaxlm.{name:<9} {what}")
+    print("Each has --help.")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -247,7 +247,11 @@ def _parser() -> argparse.ArgumentParser:
     add("chat", "answer as the assistant of a conversation", action="store_true")
     add("system", "what the conversation of --chat starts from")
     add("target", "translation: the language, such as de")
-    add("max_new_tokens", "tokens at most; translations as many as fit the model", type=int)
+    add(
+        "max_new_tokens",
+        "tokens at most, if they fit the model; translations as many as fit",
+        type=int,
+    )
     add("temperature", "0 takes the likeliest token", type=float)
     add("top_k", "sample among the k likeliest tokens", type=int)
     add("top_p", "... among the likeliest that sum to p", type=float)

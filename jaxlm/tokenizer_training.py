@@ -65,7 +65,10 @@ def _too_little_text(vocab_size: int, message: str) -> UserError:
     # 256 bytes, and the text's characters: what is just above them fails again.
     if largest and int(largest[1]) > 320:
         remedy += f", set tokenizer.vocab_size to {largest[1]} or less"
-    remedy += ", or take a tokenizer that is there, by init_from or tokenizer.kind=file"
+    remedy += (
+        ", or take a tokenizer that is there: by tokenizer.kind=file, or by init_from and no "
+        "settings of the tokenizer"
+    )
     return UserError(f"too little text to learn tokenizer.vocab_size={vocab_size} tokens: {remedy}")
 
 

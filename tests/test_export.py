@@ -276,7 +276,7 @@ def test_llama_cpp_runs_it(trained_run, tmp_path, dtype):
         (["--to=stablehlo", "--out=x", "--family=llama"], ["no families"]),
         (["--check", "--to=hf"], ["--check writes nothing", "--to"]),
         (["--check"], ["has no config.json"]),
-        (["--shards=3"], ["unrecognized"]),
+        (["--shards=3"], ["did you mean '--shard_gb'"]),
     ],
 )
 def test_wrong_arguments_are_one_sentence(trained_run, tmp_path, monkeypatch, arguments, words):

@@ -154,7 +154,7 @@ def test_too_little_text_names_a_vocabulary_that_works(kind):
 
 @pytest.mark.parametrize("texts", [[], [""], ["x"]])
 def test_no_text_is_an_error(texts, capfd):
-    with pytest.raises(UserError, match=r"give it more text, or take a tok.* by init_from or"):
+    with pytest.raises(UserError, match=r"give it more text, or take a tok.* or by init_from and"):
         train_tokenizer(iter(texts), TokenizerConfig())
     assert capfd.readouterr() == ("", "")
 

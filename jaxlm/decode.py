@@ -15,6 +15,7 @@ from jaxlm.mesh import FOLDED, batch_shards, folded_mesh
 from jaxlm.models.build import param_shapes
 from jaxlm.models.stack import unstack
 from jaxlm.nn.attention import Places, Source
+from jaxlm.padding import bucket, left_pad, right_pad
 from jaxlm.parallel.pipeline import Schedule
 from jaxlm.placement import place, to_host
 from jaxlm.sampling import Sampling, choose, row_keys, without
@@ -181,16 +182,17 @@ class DecodeProgram:
     def _padded(self, texts: list[list[int]], extra: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Texts as int32 [B, bucket + extra], padded behind, and their lengths [B]."""
         filled = self._filled(texts)
-        lengths = np.array(list(map(len, filled)), np.int32)
-        tokens = np.zeros((len(filled), bucket(int(lengths.max()) - extra) + extra), np.int32)
-        for row, text in zip(tokens, filled, strict=True):
-            row[: len(text)] = text
-        return tokens, lengths
+        return right_pad(filled, bucket(max(map(len, filled)) - extra) + extra)
 
     def _filled(self, texts: list[list[int]]) -> list[list[int]]:
-        """As many texts as are computed: a power of two of them on every batch shard."""
+        """As many texts as are computed: a power of two of them on every batch shard.
+
+        On a GPU two at least: of one row XLA makes sums instead of products of matrices, which
+        write what they add up.
+        """
         shards = batch_shards(self.mesh)
-        rows = shards * bucket(-(-len(texts) // shards), smallest=1)
+        smallest = 2 if jax.default_backend() == "gpu" else 1
+        rows = shards * bucket(-(-len(texts) // shards), smallest)
         return texts + [texts[0]] * (rows - len(texts))
 
     @functools.cached_property
@@ -385,16 +387,3 @@ def unfolded(spec: PartitionSpec) -> PartitionSpec:
 def _id(token: int | None) -> np.int32:
     """A token for compiled code, where -1 is none."""
     return np.int32(-1 if token is None else token)
-
-
-def bucket(n: int, smallest: int = 16) -> int:
-    """The power of two, at least `smallest`, that holds `n`."""
-    return max(smallest, 1 << (max(n, 1) - 1).bit_length())
-
-
-def left_pad(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids as int32 [B, length], padded in front, and their lengths [B]."""
-    padded = np.zeros((len(rows), length), np.int32)
-    for target, row in zip(padded, rows, strict=True):
-        target[length - len(row) :] = row
-    return padded, np.array([len(row) for row in rows], np.int32)

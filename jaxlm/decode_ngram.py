@@ -8,9 +8,9 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from jaxlm.decode import bucket
 from jaxlm.errors import UserError
 from jaxlm.models.ngram import Ngram
+from jaxlm.padding import bucket
 from jaxlm.sampling import Sampling, choose, row_keys
 
 

@@ -163,9 +163,27 @@ def blocked_token_nll(hidden_btd, logits_fn: Callable, targets_bt, block: int):
 
 def token_nll(logits_btv, targets_bt):
     """(-log P(target), log Z), each [B, T] float32, of float32 logits [B, T, V]."""
-    log_z = jax.nn.logsumexp(logits_btv, axis=-1)
+    on_gpu = jax.default_backend() == "gpu"
+    log_z = (online_logsumexp if on_gpu else jax.nn.logsumexp)(logits_btv, axis=-1)
     chosen = jnp.where(_is_target(logits_btv, targets_bt), logits_btv, 0.0).sum(-1)
     return log_z - chosen, log_z
+
+
+def online_logsumexp(x, axis: int):
+    """As `jax.nn.logsumexp`, but `x` is read once (Milakov and Gimelshein, 2018), not twice.
+
+    It has no gradient.
+    """
+
+    def joined(x, y):
+        (top_x, sum_x), (top_y, sum_y) = x, y
+        shrunk = jnp.exp(-jnp.abs(top_x - top_y))
+        total = jnp.where(top_x < top_y, sum_x * shrunk + sum_y, sum_x + sum_y * shrunk)
+        return jnp.maximum(top_x, top_y), total
+
+    nothing = jnp.finfo(x.dtype).min, jnp.zeros((), x.dtype)
+    top, total = jax.lax.reduce((x, jnp.ones_like(x)), nothing, joined, (axis % x.ndim,))
+    return top + jnp.log(total)
 
 
 def _is_target(logits_btv, targets_bt):

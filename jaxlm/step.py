@@ -163,14 +163,18 @@ def accumulate(gradient: Callable, params, batch: Batch, count: int):
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["dp"] == 1:
-        return add_up(params, micros)
-    return jax.shard_map(
-        lambda params, micros: jax.lax.psum(add_up(params, micros), "dp"),
-        in_specs=(PartitionSpec(), PartitionSpec(None, "dp")),
-        out_specs=PartitionSpec(),
-        axis_names={"dp"},
-        check_vma=False,
-    )(params, micros)
+        summed = add_up(params, micros)
+    else:
+        summed = jax.shard_map(
+            lambda params, micros: jax.lax.psum(add_up(params, micros), "dp"),
+            in_specs=(PartitionSpec(), PartitionSpec(None, "dp")),
+            out_specs=PartitionSpec(),
+            axis_names={"dp"},
+            check_vma=False,
+        )(params, micros)
+    # Or a GPU would stack the layers' gradients three times: for the parameters and both moments.
+    on_gpu = jax.default_backend() == "gpu"
+    return jax.lax.optimization_barrier(summed) if on_gpu else summed
 
 
 def in_ring_order(tree):

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from tiny import MODEL, make_program, random_batch, tiny_config
 
 from jaxlm.axes import format_mesh
-from jaxlm.decode import Sampling, bucket, build_decode_program, choose, left_pad
+from jaxlm.decode import Sampling, build_decode_program, choose
 from jaxlm.mesh import make_mesh
 from jaxlm.models.decoder import Decoder
 from jaxlm.nn.attention import Places
+from jaxlm.padding import bucket, left_pad
 from jaxlm.step import build_model
 
 CONFIG = tiny_config(

@@ -45,7 +45,7 @@ FLOORS = [
     {"nn", "losses"},
     {"models"},
     {"tasks", "checkpoint"},
-    {"step", "decode", "decode_ngram", "beam", "sampling"},
+    {"step", "decode", "decode_ngram", "beam", "padding", "sampling"},
     {"export"},
     {
         "api",

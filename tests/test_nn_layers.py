@@ -12,6 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from jaxlm.model_config import ModelConfig, RopeScaling
+from jaxlm.nn.activations import hidden_units
 from jaxlm.nn.layers import (
     MLP,
     Dense,
@@ -19,7 +20,6 @@ from jaxlm.nn.layers import (
     Embed,
     Norm,
     add_bias,
-    hidden_units,
     normalise,
     normalise_on_gpu,
 )

@@ -67,6 +67,15 @@ def _device() -> str:
     return "gpu" if "gpu" in done.stdout else "cpu"
 
 
+def _sizes(text: str) -> list[int]:
+    sizes = [int(size) for size in text.split(",") if size.strip().isdecimal()]
+    if len(sizes) < text.count(",") + 1 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of numbers from 1 on, such as 1,8"
+        )
+    return sizes
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = OneSentenceParser(
         prog="python -m jaxlm.bench",
@@ -81,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--on", choices=["cpu", "gpu"], help="[gpu where there is one]")
         if name in ("train", "decode"):
             one.add_argument("--models", help="of those of the device, such as 1B [all]")
+        if name == "decode":
+            one.add_argument(
+                "--batches", type=_sizes, help="prompts at once, such as 1,8 [several]"
+            )
         if name == "data":
             one.add_argument("--train", default="stdlib", help="as in data.train [%(default)s]")
         if name == "translation":

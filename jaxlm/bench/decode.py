@@ -83,14 +83,21 @@ class Result:
 
 
 def run(
-    device: str, models: str | None, quick: bool, out: Path, say: Callable[[str], None]
+    device: str,
+    models: str | None,
+    batches: list[int] | None,
+    quick: bool,
+    out: Path,
+    say: Callable[[str], None],
 ) -> list[Result]:
-    """Measure the workloads of a device (`cpu` or `gpu`).
+    """Measure the workloads of a device (`cpu` or `gpu`), at `batches` instead of their own.
 
     Raises UserError for a name that there is not, and where the sides do not say the same.
     """
     known = WORKLOADS[device]
     names = chosen(models, known)
+    if batches:
+        known = {n: dataclasses.replace(w, batches=tuple(batches)) for n, w in known.items()}
     present = importlib.util.find_spec("transformers") is not None
     if not present:
         say("transformers is not installed, so jaxlm is measured alone: pip install 'jaxlm[bench]'")

@@ -139,9 +139,10 @@ def _measure(
     if theirs and importlib.util.find_spec("torch") is None:
         settings = {n: told for n, told in settings.items() if n not in theirs}
         say("PyTorch is not installed, so jaxlm is measured alone: pip install 'jaxlm[bench]'")
-    sides = [_start(n, device) for n in settings]
+    sides = [_start(n, device, alone=len(settings) == 1) for n in settings]
     try:
-        _check(name, sides, settings, config, say)
+        if len(sides) > 1:
+            _check(name, sides, settings, config, say)
         facts = {}
         for side in sides:
             facts[side.name] = side.ask("setup", settings=settings[side.name])
@@ -190,10 +191,10 @@ def _config(settings: dict) -> Config:
     return build_config(COMMON | settings)
 
 
-def _start(name: str, device: str) -> Competitor:
+def _start(name: str, device: str, alone: bool) -> Competitor:
     if name in (OURS, BFLOAT16):
         command = [sys.executable, "-m", "jaxlm.bench.train_jaxlm"]
-        return Competitor(name, command, jax_on(device))
+        return Competitor(name, command, jax_on(device, alone))
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     command = [sys.executable, "-P", str(PEER), *(["--compile"] if name == COMPILED else [])]
     return Competitor(name, command, os.environ | hidden)

@@ -101,7 +101,11 @@ def chosen(models: str | None, known: Mapping[str, object]) -> list[str]:
     return names
 
 
-def jax_on(device: str) -> dict[str, str]:
-    """The environment of a side that runs JAX on `cpu` or `gpu` and leaves others their memory."""
-    platform = "cuda" if device == "gpu" else "cpu"
-    return os.environ | {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+def jax_on(device: str, alone: bool = False) -> dict[str, str]:
+    """The environment of a side that runs JAX on `cpu` or `gpu`.
+
+    If it is not alone it leaves others their memory, and takes its own bit by bit, of which none may
+    be large enough for what a big model asks for at once.
+    """
+    platform, allocate = "cuda" if device == "gpu" else "cpu", "true" if alone else "false"
+    return os.environ | {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": allocate}

@@ -218,7 +218,13 @@ def _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, bias_bnts, dropout,
         # one new token it would be a copy of the cache.
         q, k, v = jnp.moveaxis(q, 1, 3), jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
         in_q, in_k = "bkgth", "bksh"
-    scores_bkgts = jnp.einsum(f"{in_q},{in_k}->bkgts", q, k, preferred_element_type=jnp.float32)
+    # How scores lie in memory follows the order of the two. On a GPU keys are then the last also for
+    # one token, and a softmax is one kernel; a CPU is faster the other way.
+    factors = [(in_q, q), (in_k, k)]
+    if jax.default_backend() == "gpu":
+        factors.reverse()
+    (in_x, x), (in_y, y) = factors
+    scores_bkgts = jnp.einsum(f"{in_x},{in_y}->bkgts", x, y, preferred_element_type=jnp.float32)
     scores_bkgts = scores_bkgts * scale
     if bias_bnts is not None:
         scores_bkgts = scores_bkgts + bias_bnts.reshape(scores_bkgts.shape)

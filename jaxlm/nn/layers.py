@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.model_config import ModelConfig
 from jaxlm.nn import float8
+from jaxlm.nn.activations import hidden_units
 from jaxlm.parallel.lookup import lookup
 from jaxlm.sharding import constrain, with_axes
 
@@ -274,44 +275,6 @@ class MLP(nn.Module):
             float8=c.float8,
             name="down",
         )(hidden_btf)
-
-
-def activation(mlp: str):
-    """The function on a feed-forward layer's hidden units, or on their gate."""
-    if mlp == "relu":
-        return nn.relu
-    if mlp in ("swiglu", "silu"):
-        return nn.silu
-    return lambda x: nn.gelu(x, approximate=mlp != "gelu_exact")
-
-
-def hidden_units(mlp: str, up, gate=None):
-    """What a feed-forward layer makes of `up` and, if it is gated, `gate`: in float32, returned in
-    their type."""
-    act = activation(mlp)
-    if gate is None:
-        return _elementwise(act, up)
-    return _elementwise(lambda gate, up: act(gate) * up, gate, up)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _elementwise(f, *arrays):
-    """`f` in float32, returned in the arrays' type; of them alone its gradient is made."""
-    return _in_float32(f, *arrays)
-
-
-def _in_float32(f, *arrays):
-    return f(*(x.astype(jnp.float32) for x in arrays)).astype(arrays[0].dtype)
-
-
-def _elementwise_backward(f, arrays, slope):
-    # Or it would be made of float32 that the forward pass has at hand, which is then kept.
-    if slope.dtype != jnp.float32:
-        arrays, slope = jax.lax.optimization_barrier((arrays, slope))
-    return jax.vjp(functools.partial(_in_float32, f), *arrays)[1](slope)
-
-
-_elementwise.defvjp(lambda f, *arrays: (_in_float32(f, *arrays), arrays), _elementwise_backward)
 
 
 def gaussian(mean: float, std: float):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm.model_config import ModelConfig
-from jaxlm.nn.layers import MLP, Dense, gaussian, hidden_units, residual_std
+from jaxlm.nn.activations import hidden_units
+from jaxlm.nn.layers import MLP, Dense, gaussian, residual_std
 from jaxlm.parallel.experts import run_experts
 from jaxlm.sharding import constrain, with_axes
 

@@ -104,8 +104,8 @@ def chosen(models: str | None, known: Mapping[str, object]) -> list[str]:
 def jax_on(device: str, alone: bool = False) -> dict[str, str]:
     """The environment of a side that runs JAX on `cpu` or `gpu`.
 
-    If it is not alone it leaves others their memory, and takes its own bit by bit, of which none may
-    be large enough for what a big model asks for at once.
+    If it is not alone it leaves others their memory, and takes its own bit by bit, of which no bit
+    may be large enough for what a big model asks for at once.
     """
     platform, allocate = "cuda" if device == "gpu" else "cpu", "true" if alone else "false"
     return os.environ | {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": allocate}

@@ -218,8 +218,8 @@ def _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, bias_bnts, dropout,
         # one new token it would be a copy of the cache.
         q, k, v = jnp.moveaxis(q, 1, 3), jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
         in_q, in_k = "bkgth", "bksh"
-    # How scores lie in memory follows the order of the two. On a GPU keys are then the last also for
-    # one token, and a softmax is one kernel; a CPU is faster the other way.
+    # How scores lie in memory follows the order of the two. On a GPU keys are then the last for one
+    # token, too, and a softmax is one kernel; a CPU is faster the other way.
     factors = [(in_q, q), (in_k, k)]
     if jax.default_backend() == "gpu":
         factors.reverse()

@@ -489,3 +489,15 @@ def test_reading_takes_no_more_memory_than_the_largest_tensor(exported, tmp_path
     print(f"{beyond / 1e6:.0f} MB beyond parameters of {total / 1e6:.0f} MB")
     assert total > 5 * largest
     assert beyond < largest + 100e6
+
+
+def test_source_that_is_not_installed_has_no_version(monkeypatch):
+    real = verify.importlib.metadata.version
+
+    def version(name):
+        if name == "jaxlm":
+            raise verify.importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(verify.importlib.metadata, "version", version)
+    assert verify._versions().keys() == {"jax", "numpy"}

@@ -5,6 +5,7 @@ prompts, greedy continuations, and the tokenizer's ids.
 """
 
 import dataclasses
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -167,7 +168,11 @@ def _request(path: Path, expected: Expected) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jaxlm", "jax", "numpy")}
+    """Of jaxlm and what it computes with; run from its source alone, jaxlm has none."""
+    found = {name: importlib.metadata.version(name) for name in ("jax", "numpy")}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found = {"jaxlm": importlib.metadata.version("jaxlm")} | found
+    return found
 
 
 def _run_elsewhere(stack: Stack, request: dict[str, Any], work: Path) -> dict[str, np.ndarray]:

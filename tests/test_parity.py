@@ -163,12 +163,11 @@ def one_device(case: str) -> str:
     return " ".join(["dp1", *extras])
 
 
-def assert_same_losses(case: str, got, wanted, drops: bool = False):
-    # Adam turns the rounding of a gradient of zero into a full step: such as that of a key's bias,
-    # or what little dropout has left of one.
-    later = LATER_TOLERANCE if drops or any(kind in case for kind in KINDS) else TOLERANCE
+def assert_same_losses(got, wanted):
+    # An update can make more of a rounding: Adam turns that of a gradient of zero, such as that of
+    # a key's bias, into a full step. `python -m jaxlm.check` allows as much.
     np.testing.assert_allclose(got[:1], wanted[:1], rtol=TOLERANCE)
-    np.testing.assert_allclose(got, wanted, rtol=later)
+    np.testing.assert_allclose(got, wanted, rtol=LATER_TOLERANCE)
 
 
 def assert_same_gradients(got, wanted):
@@ -200,7 +199,7 @@ def test_losses_of_the_first_steps_are_the_same(case):
     wanted = run(one_device(case)).losses
     few = any(word in case for word in ("bert", "scores"))
     assert wanted[0, 0] == pytest.approx(np.log(3 if few else 101), rel=0.5)
-    assert_same_losses(case, run(case).losses, wanted)
+    assert_same_losses(run(case).losses, wanted)
 
 
 @pytest.mark.parametrize("case", MESHES)
@@ -238,5 +237,5 @@ def test_dropout_is_the_same(case):
     one = run(f"{same} cp" if "cp" in case else same, 0.2)
     many = run(case, 0.2)
     assert abs(one.losses[0, 0] - run(same).losses[0, 0]) > 1e-3, "dropout does nothing"
-    assert_same_losses(case, many.losses, one.losses, drops=True)
+    assert_same_losses(many.losses, one.losses)
     assert_same_gradients(many.gradients, one.gradients)

@@ -142,7 +142,7 @@ def test_a_classifier_starts_from_what_has_read(labelled, tmp_path, capsys):
     ]
     masked = ["--task=masked_language_modelling", *shape, *options, f"--out={out}"]
     assert train.main([*masked, "--train.steps=30", "--mesh=dp2,tp2"]) == 0
-    assert f"--task=classification --init_from={out}" in capsys.readouterr().out
+    assert f"sentiment-finetune.yaml --init_from={out}" in capsys.readouterr().out
     *_, middle, last = [
         line for line in read_metrics(out / "metrics.jsonl") if "valid_loss" in line
     ]

@@ -110,6 +110,8 @@ class Result:
     causal_mfu: float | None
     of_matmul: float
     """`flops_per_second` of what a large product of matrices reached in the same run."""
+    dispatch_seconds: float | None
+    """Until the call of jaxlm's step returns, while the device works."""
     device: str
     versions: dict[str, str]
 
@@ -153,6 +155,8 @@ def _measure(
         count = max(1, round(workload.seconds / per_step))
         seconds = take_turns(sides, rounds, count=count)
         memory = {side.name: side.ask("memory")["peak_bytes"] for side in sides}
+        dispatch = sides[0].ask("dispatch")["seconds"]
+        say(f"{name}: the call of a step returns in {1e3 * dispatch:.2f} ms")
         ceiling = sides[0].ask("ceiling", size=CEILING_SIZE[device])["flops_per_second"]
     finally:
         for side in sides:
@@ -180,6 +184,7 @@ def _measure(
                 mfu=peak and full / peak,
                 causal_mfu=peak and causal / peak,
                 of_matmul=full / ceiling,
+                dispatch_seconds=dispatch if n == OURS else None,
                 device=ours["device"],
                 versions=facts[n]["versions"],
             )

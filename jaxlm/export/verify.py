@@ -4,8 +4,8 @@ Compared are logits (log-probabilities where a stack gives no more) at every pos
 prompts, greedy continuations, and the tokenizer's ids.
 """
 
-import dataclasses
 import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json

@@ -78,6 +78,14 @@ def make_settings(
         if not is_number or not low <= value <= high or value == math.inf:
             above = f" from {low} to {high}" if wanted in ("a whole number", "a number") else ""
             raise UserError(f"{name}={value!r} is out of range: it should be {wanted}{above}")
+    if sampling.temperature == 0:
+        chooses = {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}
+        for name, value in chooses.items():
+            if value is not None:
+                raise UserError(
+                    f"{name}={value} has no effect with temperature=0, which takes the likeliest "
+                    "token: leave one of them out"
+                )
     if "" in stops:
         raise UserError("stop holds an empty string, which would end every text at once: drop it")
     _check_beams(sampling, beams, num_samples)

@@ -116,7 +116,10 @@ def _draw(figures: Figures, path: str) -> None:
     if "confusion" not in figures:
         raise UserError(f"--picture={path} is for task=classification, not {figures['task']}")
     drawn = confusion_picture(figures["confusion"], list(figures["labels"]))
-    Path(path).expanduser().write_text(drawn, encoding="utf-8")
+    try:
+        Path(path).expanduser().write_text(drawn, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write --picture={path}: {error.strerror}") from error
 
 
 def _check_picture(path: Path) -> None:

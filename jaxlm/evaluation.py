@@ -102,6 +102,10 @@ def _check(model: LanguageModel, task: str, request: Request) -> None:
         "--languages": (request.languages, "translation"),
         "a beam search (--num_beams, --length_penalty)": (request.beams, "translation"),
     }
+    if request.baseline is not None and BASELINE.fullmatch(request.baseline) is None:
+        raise UserError(
+            f"--baseline={request.baseline} is not known: use ngramN, N from 1 on, such as ngram5"
+        )
     for option, (value, reader) in reads.items():
         if value and task != reader:
             raise UserError(f"{option} is for task={reader}, not {task}: leave it out")
@@ -215,8 +219,6 @@ def _text(model: LanguageModel, prepared: Prepared) -> bytes:
 def _baseline(model: LanguageModel, config: Config, name: str, report: Report) -> Ngram:
     """The N-gram model that is called `name`, of the training texts of the model's run."""
     match = BASELINE.fullmatch(name)
-    if match is None:
-        raise UserError(f"--baseline={name} is not known: use ngramN, such as ngram5")
     whole = dataclasses.replace(config, tokenizer=config.tokenizer.without_dropout())
     prepared = _prepare_run(model, whole, report)
     report(f"fitting {name}")

@@ -18,7 +18,7 @@ from jaxlm.processes import Group
 from jaxlm.run_folder import claimed, with_found
 from jaxlm.tasks.language_modelling import compressed_bits, loss_metrics
 from jaxlm.texts import generate
-from jaxlm.validation import OPENING, prompt_option
+from jaxlm.validation import OPENING, prompt_option, sample_command
 
 STEP = 1  # the one update there is
 
@@ -76,7 +76,7 @@ def _fit(config: Config, prepared: Prepared, run: Path, say: Callable[[str], Non
         f"{metrics['valid_bits_per_byte']:.3f}, {others}"
     )
     option = prompt_option(_prompt(config, prepared))
-    say(f"done: saved in {run}; try python -m jaxlm.sample {run} {option}")
+    say(f"done: saved in {run}; try {sample_command(run, option)}")
 
 
 def _prompt(config: Config, prepared: Prepared) -> str:

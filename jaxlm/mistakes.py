@@ -74,6 +74,9 @@ def nearest_key(key: str, keys: list[str], mark: str = "") -> str:
     section, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
     everywhere = {k.rpartition(".")[2]: k for k in keys}
+    initials = {"".join(word[0] for word in n.split("_") if word): k for n, k in everywhere.items()}
+    if len(name) > 1 and name in initials:
+        return f"; did you mean {mark + initials[name]!r}?"
     for names in (siblings, everywhere):
         if close := difflib.get_close_matches(name, names, n=1):
             return f"; did you mean {mark + names[close[0]]!r}?"

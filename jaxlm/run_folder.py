@@ -25,6 +25,7 @@ from jaxlm.errors import UserError, nearest_path, show
 from jaxlm.export.huggingface import is_model_folder
 from jaxlm.processes import Group
 from jaxlm.tokenizer import load_tokenizer
+from jaxlm.yaml_file import read_yaml
 
 DATA = "data.json"
 SHARED_SECONDS = 60
@@ -159,6 +160,10 @@ def check_unchanged(run: Path, config: Config) -> None:
     """
     if not _has_begun(run):
         return
+    if not read_yaml(run / CONFIG):
+        raise UserError(
+            f"{run / CONFIG} is empty, as no run leaves it: restore it, from a step folder for one"
+        )
     old, new = flatten(read_config(run / CONFIG)), flatten(config)
     new |= {key: old[key] for key in ("model.labels", "model.vocab_size") if new[key] is None}
     changed = [key for key in new if new[key] != old[key] and not key.startswith(CHANGEABLE)]

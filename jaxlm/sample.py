@@ -204,6 +204,11 @@ def _requests(file: Path, keys: Sequence[str]) -> Iterator[dict]:
         raise UserError(f"--prompts={file} is not UTF-8: convert it first") from None
     for number, line in enumerate(lines, 1):
         if file.suffix != ".jsonl":
+            if not line.strip():
+                raise UserError(
+                    f"line {number} of {file} is empty: write a prompt a line, or, for the empty "
+                    'one, {"prompt": ""} in a .jsonl file'
+                )
             yield {"prompt": line}
             continue
         try:

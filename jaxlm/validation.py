@@ -150,7 +150,7 @@ class TextValidation(Validation):
 
 def sample_command(run_folder: Path, options: str) -> str:
     """The command that asks a trained model."""
-    return f"python -m jaxlm.sample {run_folder} {options}"
+    return f"python -m jaxlm.sample {shlex.quote(str(run_folder))} {options}"
 
 
 def prompt_option(text: str) -> str:
@@ -248,7 +248,8 @@ class MaskedValidation(Validation):
     def suggestion(self, run_folder):
         return (
             "python -m jaxlm.train --config=configs/sentiment-finetune.yaml "
-            f"--init_from={run_folder} --out={run_folder}-labels --data.train=LABELLED.tsv"
+            f"--init_from={shlex.quote(str(run_folder))} "
+            f"--out={shlex.quote(f'{run_folder}-labels')} --data.train=LABELLED.tsv"
         )
 
 

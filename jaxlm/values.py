@@ -31,7 +31,7 @@ def as_names(value):
     """`as_tuple`, without empty names: as a path, one would be the current folder."""
     names = as_tuple(value)
     if isinstance(names, tuple) and "" in names:
-        raise ValueError("names; leave it out for none")
+        raise ValueError("names, none of them empty")
     return names
 
 

@@ -153,6 +153,7 @@ def test_checkpoints_that_cannot_be_averaged_are_one_sentence(trained_run, tmp_p
     ("settings", "words"),
     [
         ({"temperature": -1.0}, "temperature=-1.0 is out of range"),
+        ({"temperature": 0, "top_p": 0.5}, "top_p=0.5 has no effect with temperature=0"),
         ({"temperature": "0.5"}, "temperature='0.5'"),
         ({"temperature": None}, "temperature=None"),
         ({"temperature": float("inf")}, "temperature=inf"),

@@ -149,6 +149,8 @@ def test_values_on_the_command_line(argument, key, value):
 
 MISTAKES = [
     ("--optim.learning_rat=1", ["'--optim.learning_rat'", "did you mean '--optim.learning_rate'"]),
+    ("--optim.lr=1", ["did you mean '--optim.learning_rate'"]),
+    ("--train.bs=1", ["did you mean '--train.batch_size'"]),
     ("--steps=1", ["'--steps'", "did you mean '--train.steps'"]),
     ("--train.step=1", ["did you mean '--train.steps'"]),
     ("--train.steps", ["--train.steps", "expected one argument"]),

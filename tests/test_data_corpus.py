@@ -179,8 +179,23 @@ def test_a_tiny_corpus_still_holds_a_document_out(run, tmp_path):
 @pytest.mark.parametrize("copies", [1, 3])
 def test_one_document_cannot_be_split(run, tmp_path, copies):
     source = write(tmp_path / "a.jsonl", documents(1) * copies)
-    with pytest.raises(UserError, match=r"single document.*name validation text in data\.valid"):
+    with pytest.raises(UserError, match=r"one document.*name validation text in data\.valid"):
         run(source, valid_fraction=1e-9)
+
+
+def test_one_document_beside_bad_ones_cannot_be_split(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": null}\n')
+    with pytest.raises(UserError, match=r"too short to cut \(2 skipped as"):
+        run(str(tmp_path / "a.jsonl"), valid_fraction=1e-9)
+
+
+def test_a_field_of_plain_text_is_refused(run, tmp_path):
+    (tmp_path / "a.txt").write_text("some text\n" * 99)
+    with pytest.raises(UserError, match=r"text_field=body has no effect on plain text"):
+        run(str(tmp_path / "a.txt"), text_field="body")
+    lines = [json.dumps({"body": f"other text {i}"}) for i in range(9)]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    run(str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), text_field="body")
 
 
 def test_an_empty_corpus_says_why(run, tmp_path):

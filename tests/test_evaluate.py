@@ -111,6 +111,13 @@ def test_the_table_has_the_figures(model, figures):
 CONFUSION = np.array([[50, 2, 0], [7, 0, 1], [0, 0, 12]])
 
 
+def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "x.svg").mkdir()
+    figures = {"confusion": CONFUSION, "labels": dict.fromkeys("abc")}
+    with pytest.raises(UserError, match=r"cannot write --picture=.*x\.svg: Is a directory"):
+        evaluate._draw(figures, str(tmp_path / "x.svg"))
+
+
 def test_a_confusion_matrix_is_drawn():
     names = ["bad", "so <so>", "good"]
     picture = confusion_picture(CONFUSION, names)
@@ -279,6 +286,7 @@ def test_languages_are_told_by_their_option(monkeypatch, tmp_path):
     ("arguments", "words"),
     [
         (["--baseline=bigram"], "use ngramN"),
+        (["--baseline=ngram0"], "N from 1 on"),
         (["--task=classification"], "cannot be evaluated on task=classification"),
         (["--task=translation"], "cannot be evaluated on task=translation"),
         (["--num_beams=4"], r"\(--num_beams, --length_penalty\) is for task=translation"),

@@ -167,6 +167,13 @@ def test_what_does_not_apply_is_one_sentence(run_of, task, arguments, words, tmp
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_line_without_a_prompt_is_refused(tmp_path):
+    for content, number in (("", 1), ("a\n\nb\n", 2)):
+        (tmp_path / "prompts.txt").write_text(content)
+        with pytest.raises(UserError, match=rf"line {number} of .*prompts\.txt is empty"):
+            list(sample._requests(tmp_path / "prompts.txt", ("prompt",)))
+
+
 def test_translations_have_one_limit_however_they_are_asked_for(monkeypatch):
     model, seen = loaded("translation"), []
     monkeypatch.setattr(

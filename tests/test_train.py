@@ -77,6 +77,9 @@ def test_the_command_to_try_chooses_a_language_where_there_are_several(names, ta
 
 def test_the_command_after_reading_has_what_fine_tuning_needs(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
+    assert "--init_from='runs/my x' --out='runs/my x-labels'" in MaskedValidation.suggestion(
+        None, "runs/my x"
+    )
     command = MaskedValidation.suggestion(None, "runs/x")
     start = {"model": {"kind": "encoder", "max_seq_len": 64}, "data": {"seq_len": 64}}
     argv = command.removeprefix("python -m jaxlm.train ").split()
@@ -192,6 +195,13 @@ def test_a_damaged_note_of_the_data_is_one_sentence(arguments, trained_run, tmp_
     file = tmp_path / "run" / "data.json"
     file.unlink() if note is None else file.write_text(note)
     with pytest.raises(UserError, match=r"data\.json, which tells what data"):
+        train.main(arguments(train__steps=61))
+
+
+def test_an_emptied_config_of_a_run_is_one_sentence(arguments, trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"config\.yaml is empty, as no run leaves it"):
         train.main(arguments(train__steps=61))
 
 

@@ -142,16 +142,18 @@ class _Preparation:
         """
         below = int(self.data.valid_fraction * 2**64)
         digests: set[int] = set()
+        left_out = Counts()
         for origin in self.train:
-            for item in self.form.items(origin, Counts()):
+            for item in self.form.items(origin, left_out):
                 digest = _held_out_digest(self.form.key(item))
                 if digest < below:
                     return below
                 digests = {min(digests | {digest}), max(digests | {digest})}
         if len(digests) == 1:
+            bad = f" ({left_out.skipped} skipped as {self.form.bad})" if left_out.skipped else ""
             raise UserError(
-                f"data.train is a single {self.form.item} too short to cut, of which nothing can "
-                "be held out: name validation text in data.valid"
+                f"data.train has one {self.form.item} and no other, too short to cut{bad}: nothing "
+                "can be held out, so name validation text in data.valid"
             )
         # With no item at all, the source is reported when it is tokenised.
         return min(digests, default=-1) + 1
@@ -310,6 +312,8 @@ class _Preparation:
         if isinstance(found, Counts):
             skipped = found.skipped
             remedy = (not num_held_out and found.first) or remedy
+        elif skipped:
+            remedy = "data.on_bad=error says where the first is"
         causes = []
         if skipped:
             causes.append(f"{skipped} skipped as {self.form.bad}")

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_decode import PROMPTS, generate
+from test_decode import PROMPTS, generate, program_and_params
 from test_step import remembering, small_config
 from tiny import exact, make_program, random_batch
 
@@ -51,7 +51,10 @@ def test_an_update_is_the_same(as_on_gpu, monkeypatch, model, mesh):
 
 def test_greedy_texts_are_the_same(as_on_gpu):
     alone = [generate([prompt])[0] for prompt in PROMPTS[:2]]
+    program, _ = program_and_params()
+    assert len(program._filled([[1]])) == 1
     as_on_gpu()
+    assert len(program._filled([[1]])) == 2
     assert [generate([prompt])[0] for prompt in PROMPTS[:2]] == alone
     assert generate(PROMPTS[:3])[:2] == alone
 

@@ -16,9 +16,10 @@ COMMANDS = {
 
 def main(argv: list[str]) -> None:
     """Print a line for each command. Raises UserError for arguments."""
-    if argv and argv not in (["--help"], ["-h"]):
+    others = [word for word in argv if word not in ("--help", "-h")]
+    if others:
         raise UserError(
-            f"python -m jaxlm takes no {argv[0]!r}: a command is written with a dot, such as "
+            f"python -m jaxlm takes no {others[0]!r}: a command is written with a dot, such as "
             "python -m jaxlm.train"
         )
     for name, what in COMMANDS.items():

@@ -154,7 +154,8 @@ def build_config(
     in_source = f"in {source}" if source else ""
     for layer in (file, overrides):
         if not isinstance(layer.get("model", {}), dict):
-            raise UserError(f"model={layer['model']!r} {in_source}: give its fields, one a line")
+            where = f" ({in_source})" if source else ""
+            raise UserError(f"model={layer['model']!r}{where}: give its fields, one a line")
     in_file, in_line = file.get("model", {}), overrides.get("model", {})
     default = ModelConfig.__dataclass_fields__["preset"].default
     preset = in_line.get("preset", in_file.get("preset", default))
@@ -289,7 +290,11 @@ def _read_value(key: str, text: str, hint) -> object:
 
 def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> str:
     name = argument.split("=")[0]
-    options = [o.lstrip("-") for action in parser._actions for o in action.option_strings]
+    actions = list(parser._actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            actions += [a for inner in action.choices.values() for a in inner._actions]
+    options = [o.lstrip("-") for action in actions for o in action.option_strings]
     if not name.startswith("-"):
         return f"argument {argument!r} is not understood: options are written --KEY=VALUE"
     return f"unknown option {name!r}{nearest_key(name.lstrip('-'), options, '--')}"

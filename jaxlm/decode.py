@@ -100,6 +100,13 @@ class DecodeProgram:
         """
         count, longest = len(prompts), self.model.config.max_seq_len
         max_new_tokens = min(max_new_tokens, longest - min(map(len, prompts)))
+        if jax.default_backend() == "gpu":
+            # Of one row XLA makes sums instead of products of matrices, which write what they add.
+            more = max(0, 2 * batch_shards(self.mesh) - count)
+            prompts, sources = (
+                prompts + prompts[:1] * more,
+                sources and sources + sources[:1] * more,
+            )
         prompt = self._prompt(prompts, sources)
         ids = np.zeros(prompt.lengths.shape, np.int32)
         ids[:count] = 0 if sample_ids is None else sample_ids
@@ -185,14 +192,9 @@ class DecodeProgram:
         return right_pad(filled, bucket(max(map(len, filled)) - extra) + extra)
 
     def _filled(self, texts: list[list[int]]) -> list[list[int]]:
-        """As many texts as are computed: a power of two of them on every batch shard.
-
-        On a GPU two at least: of one row XLA makes sums instead of products of matrices, which
-        write what they add up.
-        """
+        """As many texts as are computed: a power of two of them on every batch shard."""
         shards = batch_shards(self.mesh)
-        smallest = 2 if jax.default_backend() == "gpu" else 1
-        rows = shards * bucket(-(-len(texts) // shards), smallest)
+        rows = shards * bucket(-(-len(texts) // shards), smallest=1)
         return texts + [texts[0]] * (rows - len(texts))
 
     @functools.cached_property

@@ -34,8 +34,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 def nearest_path(path: Path, pattern: str = "*") -> str:
     """`nearest` for a path that is not there, of what matches `pattern` in its folder."""
-    beside = {other.name: str(other) for other in path.parent.glob(pattern)}
-    match = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.5)
+    beside = {other.stem: str(other) for other in path.parent.glob(pattern)}
+    match = difflib.get_close_matches(path.stem, beside, n=1, cutoff=0.5)
     return f"; did you mean {beside[match[0]]!r}?" if match else ""
 
 

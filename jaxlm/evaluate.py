@@ -147,10 +147,11 @@ def _list(text: str | None) -> tuple[str, ...]:
     """`a` or `[a,b]`, as configs have them."""
     if text is None:
         return ()
-    if text == "":
-        raise UserError("--data and --languages take names: leave them out for none")
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else None
-    return as_tuple(text) if inner is None else tuple(x.strip() for x in inner.split(","))
+    names = as_tuple(text) if inner is None else tuple(x.strip() for x in inner.split(","))
+    if "" in names:
+        raise UserError("--data and --languages take names: leave them out for none")
+    return names
 
 
 def _count(text: str) -> int:

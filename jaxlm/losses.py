@@ -177,7 +177,7 @@ def online_logsumexp(x, axis: int):
 
     def joined(x, y):
         (top_x, sum_x), (top_y, sum_y) = x, y
-        shrunk = jnp.exp(-jnp.abs(top_x - top_y))
+        shrunk = jnp.where(top_x == top_y, 1.0, jnp.exp(-jnp.abs(top_x - top_y)))
         total = jnp.where(top_x < top_y, sum_x * shrunk + sum_y, sum_x + sum_y * shrunk)
         return jnp.maximum(top_x, top_y), total
 

@@ -48,7 +48,10 @@ def origins(sentence: str, layers: Sequence[tuple[str, dict]]) -> str:
     A layer has the name that a sentence has for it, or none where that goes without saying.
     """
     found: dict[str, list[str]] = {}
-    for key in dict.fromkeys(re.findall(r"\w+(?:\.\w+)+|\w+(?==)", sentence)):
+    unknown = re.findall(r"unknown key '([\w.]+)'", sentence)
+    # What a user wrote, in quotes, may look like a setting.
+    known = re.findall(r"\w+(?:\.\w+)+|\w+(?==)", re.sub(r"'[^']*'|\"[^\"]*\"", "", sentence))
+    for key in dict.fromkeys(unknown + known):
         place = next((name for name, layer in layers if _has(layer, key)), None)
         if place is not None:
             found.setdefault(place, []).append(key)
@@ -74,10 +77,10 @@ def nearest_key(key: str, keys: list[str], mark: str = "") -> str:
     section, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
     everywhere = {k.rpartition(".")[2]: k for k in keys}
-    initials = {"".join(word[0] for word in n.split("_") if word): k for n, k in everywhere.items()}
-    if len(name) > 1 and name in initials:
-        return f"; did you mean {mark + initials[name]!r}?"
     for names in (siblings, everywhere):
+        meant = [k for n, k in names.items() if "".join(w[:1] for w in n.split("_")) == name]
+        if len(meant) == 1:
+            return f"; did you mean {mark + meant[0]!r}?"
         if close := difflib.get_close_matches(name, names, n=1):
             return f"; did you mean {mark + names[close[0]]!r}?"
     if mark and not section:

@@ -160,15 +160,15 @@ def _print(pieces: Iterator[str]) -> str:
 
 def _answer_file(model: LanguageModel, file: Path, out: str | None, settings: dict) -> None:
     """Answer every prompt of a file, as JSON lines in its order."""
-    # What others make of a prompt has the name `text`.
-    keys = ("prompt", "text") if model.config.task == "classification" else ("prompt", "messages")
-    requests = list(_requests(file, keys))
+    # What others make of a prompt has the name `text`. Texts and talks are different calls.
+    classifies = model.config.task == "classification"
+    calls = [("prompt", "text")] if classifies else [("prompt",), ("messages",)]
+    requests = list(_requests(file, [key for keys in calls for key in keys]))
     answers: dict[int, dict] = {}
-    # Texts and conversations are different calls.
-    for key in keys:
-        places = [i for i, request in enumerate(requests) if key in request]
-        found = _answers(model, [requests[i][key] for i in places], settings)
-        answers |= dict(zip(places, found, strict=True))
+    for keys in calls:
+        prompts = {i: r[key] for i, r in enumerate(requests) for key in keys if key in r}
+        found = _answers(model, [*prompts.values()], settings)
+        answers |= dict(zip(prompts, found, strict=True))
     lines = (json.dumps(r | answers[i], ensure_ascii=False) for i, r in enumerate(requests))
     text = "".join(line + "\n" for line in lines)
     if out is None:
@@ -204,7 +204,7 @@ def _requests(file: Path, keys: Sequence[str]) -> Iterator[dict]:
         raise UserError(f"--prompts={file} is not UTF-8: convert it first") from None
     for number, line in enumerate(lines, 1):
         if file.suffix != ".jsonl":
-            if not line.strip():
+            if not line:
                 raise UserError(
                     f"line {number} of {file} is empty: write a prompt a line, or, for the empty "
                     'one, {"prompt": ""} in a .jsonl file'

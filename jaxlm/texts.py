@@ -76,7 +76,7 @@ def generate(
     each prompt. `stop` ends a text before any of these strings. `stream=True` takes one prompt and
     gives an iterator of pieces of text, never half a character. A text also ends where the model
     says so, after `max_new_tokens`, and at the model's `max_seq_len`; `say` gets a line where that
-    comes first.
+    comes first, of the 128 tokens by default, too.
 
     `num_beams` above 1 searches for likely texts instead of sampling; `length_penalty` and
     `early_stopping` are those of `beam.Beams`, and `num_samples` is how many of the best to give.

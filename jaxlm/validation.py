@@ -25,6 +25,13 @@ from jaxlm.tasks.translation import reference_pairs
 GREEDY = Sampling(temperature=0.0)
 TEXTS_AT_ONCE = 64
 OPENING = 9  # tokens of a text, with the one that begins it
+# What configs/sentiment-finetune.yaml has, for where it is not at hand.
+FINE_TUNING = (
+    "--task=classification --model.dropout=0.3 --optim.name=muon --optim.learning_rate=2e-3 "
+    "--optim.schedule=linear --optim.final_fraction=0.0 --optim.warmup_steps=50 "
+    "--optim.weight_decay=0.05 --train.steps=400 --train.batch_size=16 "
+    "--train.class_weights=balanced"
+)
 
 
 class Validation(ABC):
@@ -246,8 +253,10 @@ class MaskedValidation(Validation):
         return metrics, [line]
 
     def suggestion(self, run_folder):
+        config = Path("configs/sentiment-finetune.yaml")
+        settings = f"--config={config}" if config.exists() else FINE_TUNING
         return (
-            "python -m jaxlm.train --config=configs/sentiment-finetune.yaml "
+            f"python -m jaxlm.train {settings} "
             f"--init_from={shlex.quote(str(run_folder))} "
             f"--out={shlex.quote(f'{run_folder}-labels')} --data.train=LABELLED.tsv"
         )

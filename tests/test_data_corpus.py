@@ -189,15 +189,6 @@ def test_one_document_beside_bad_ones_cannot_be_split(run, tmp_path):
         run(str(tmp_path / "a.jsonl"), valid_fraction=1e-9)
 
 
-def test_a_field_of_plain_text_is_refused(run, tmp_path):
-    (tmp_path / "a.txt").write_text("some text\n" * 99)
-    with pytest.raises(UserError, match=r"text_field=body has no effect on plain text"):
-        run(str(tmp_path / "a.txt"), text_field="body")
-    lines = [json.dumps({"body": f"other text {i}"}) for i in range(9)]
-    (tmp_path / "b.jsonl").write_text("\n".join(lines))
-    run(str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), text_field="body")
-
-
 def test_an_empty_corpus_says_why(run, tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     (tmp_path / "bad.txt").write_bytes(b"\xff" * 9)

@@ -4,11 +4,14 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_decode import PROMPTS, generate, program_and_params
+from test_decode import CONFIG, GREEDY, PROMPTS
 from test_step import remembering, small_config
 from tiny import exact, make_program, random_batch
 
+from jaxlm.decode import DecodeProgram, build_decode_program
 from jaxlm.losses import online_logsumexp
+from jaxlm.mesh import make_mesh
+from jaxlm.models.decoder import Decoder
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -49,18 +52,38 @@ def test_an_update_is_the_same(as_on_gpu, monkeypatch, model, mesh):
     assert apart < 1e-5 * optax.tree.norm(gradients)
 
 
-def test_greedy_texts_are_the_same(as_on_gpu):
-    alone = [generate([prompt])[0] for prompt in PROMPTS[:2]]
-    program, _ = program_and_params()
-    assert len(program._filled([[1]])) == 1
+def test_greedy_texts_are_the_same(as_on_gpu, monkeypatch):
+    def made(prompts):
+        program = build_decode_program(Decoder(CONFIG.model), make_mesh("dp1"))
+        params = program.prepare(make_program(CONFIG).init().params)
+        settings = {"max_new_tokens": 12, "sampling": GREEDY, "eos_id": None}
+        return list(program.generate(params, prompts, **settings))[-1]
+
+    alone = [made([prompt])[0] for prompt in PROMPTS[:2]]
     as_on_gpu()
-    assert len(program._filled([[1]])) == 2
-    assert [generate([prompt])[0] for prompt in PROMPTS[:2]] == alone
-    assert generate(PROMPTS[:3])[:2] == alone
+    rows = []
+    prompt_of = DecodeProgram._prompt
+
+    def spy(self, prompts, sources):
+        rows.append(len(prompts))
+        return prompt_of(self, prompts, sources)
+
+    monkeypatch.setattr(DecodeProgram, "_prompt", spy)
+    assert [made([prompt])[0] for prompt in PROMPTS[:2]] == alone
+    assert made(PROMPTS[:3])[:2] == alone
+    assert rows == [2, 2, 3]
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_online_logsumexp(scale):
     x = scale * np.random.default_rng(0).normal(size=(5, 3, 1001)).astype(np.float32)
+    x[0, 0, 7] = -np.inf
     ours = jax.jit(online_logsumexp, static_argnames="axis")(x, axis=-1)
     np.testing.assert_allclose(ours, jax.nn.logsumexp(x, axis=-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("values", [[np.nan], [np.inf], [np.inf, np.inf], [-np.inf] * 9])
+def test_what_is_not_finite_stays_so(values):
+    x = np.zeros((1, 9), np.float32)
+    x[0, : len(values)] = values
+    assert not np.isfinite(online_logsumexp(x, axis=-1)).any()

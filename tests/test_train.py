@@ -1,7 +1,9 @@
 """The training command, in one process: what it writes, and what it refuses."""
 
+import dataclasses
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -75,17 +77,22 @@ def test_the_command_to_try_chooses_a_language_where_there_are_several(names, ta
     assert command == f"python -m jaxlm.sample runs/x {target}--prompt='Save the file.'"
 
 
-def test_the_command_after_reading_has_what_fine_tuning_needs(monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
-    assert "--init_from='runs/my x' --out='runs/my x-labels'" in MaskedValidation.suggestion(
-        None, "runs/my x"
-    )
-    command = MaskedValidation.suggestion(None, "runs/x")
+def test_the_command_after_reading_has_what_fine_tuning_needs(monkeypatch, tmp_path):
     start = {"model": {"kind": "encoder", "max_seq_len": 64}, "data": {"seq_len": 64}}
-    argv = command.removeprefix("python -m jaxlm.train ").split()
-    config, _ = parse_config(argv, "jaxlm.train", "Train.", read_start=lambda path: start)
-    assert (config.task, config.init_from, config.seq_len) == ("classification", "runs/x", 64)
-    assert config.optim.learning_rate == 2e-3 and config.out == "runs/x-labels"
+    configs = []
+    for folder in (Path(__file__).parents[1], tmp_path):
+        monkeypatch.chdir(folder)
+        command = MaskedValidation.suggestion(None, "runs/my x")
+        assert ("--config=" in command) == (folder != tmp_path)
+        argv = shlex.split(command.removeprefix("python -m jaxlm.train "))
+        config, _ = parse_config(argv, "jaxlm.train", "Train.", read_start=lambda path: start)
+        assert (config.init_from, config.out) == ("runs/my x", "runs/my x-labels")
+        assert (config.task, config.seq_len) == ("classification", 64)
+        configs.append(config)
+    with_file, without = configs
+    assert with_file.optim == without.optim and with_file.model == without.model
+    often = {"eval_every": with_file.train.eval_every, "eval_batches": with_file.train.eval_batches}
+    assert with_file.train == dataclasses.replace(without.train, **often)
 
 
 @pytest.mark.slow

@@ -312,7 +312,7 @@ class _Preparation:
         if isinstance(found, Counts):
             skipped = found.skipped
             remedy = (not num_held_out and found.first) or remedy
-        elif skipped:
+        elif skipped and not (num_held_out or getattr(found, "num_dropped", 0)):
             remedy = "data.on_bad=error says where the first is"
         causes = []
         if skipped:

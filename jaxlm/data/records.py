@@ -30,8 +30,11 @@ class BadRecord(UserError):
 
     def __init__(self, problem: str):
         """`problem` says where it is, what is wrong, and what would be right."""
-        super().__init__(f"{problem}, or set data.on_bad=skip to leave it out")
+        super().__init__(problem)
         self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.problem}, or set data.on_bad=skip to leave it out"
 
 
 @dataclass
@@ -160,7 +163,7 @@ def read_records(spec: str, data: DataConfig, columns: Sequence[Column]) -> Iter
     if spec == "stdlib":
         names = " and ".join(column.name for column in columns if column.number)
         raise UserError(
-            f"data source 'stdlib', the default of data.train, has no {names}: set data.train to "
+            f"data source 'stdlib', which data.train is if it is not set, has no {names}: give "
             f"{', '.join((*TSV[:1], *JSON_LINES[:1], *PARQUET))} or hf:NAME with those"
         )
     for path in list_files(spec):

@@ -20,7 +20,6 @@ from jaxlm.data.records import (
     usable,
 )
 from jaxlm.data_config import DataConfig
-from jaxlm.errors import UserError
 
 # A longer plain text becomes several documents, and so does, above the smaller bound, one that is
 # more than this share of its source, of which validation text has to be held out.
@@ -55,8 +54,6 @@ def read_documents(
         records = dataset_records(spec, [column])
     else:
         tabular = (*JSON_LINES, *PARQUET, *(TSV if tables else ()))
-        if column.given is not None:
-            _check_has_fields(data, tabular)
         records = _file_records(spec, data, column, tabular)
     texts = usable(records, lambda record: record.text(column, empty=True), data, counts)
     yield from filter(None, texts)
@@ -76,31 +73,16 @@ def max_document_bytes(spec: str, data: DataConfig) -> int:
     return min(MAX_DOCUMENT_BYTES, max(MIN_CUT_BYTES, int(size * LARGEST_SHARE)))
 
 
-def _check_has_fields(data: DataConfig, endings: tuple[str, ...]) -> None:
-    """Raise UserError where a field has a name, but no source has fields."""
-    for spec in (*data.train, *data.valid):
-        if spec.startswith("hf:") or any(_has_fields(path, endings) for path in list_files(spec)):
-            return
-    raise UserError(
-        f"data.text_field={data.text_field} has no effect on plain text, which has no fields: "
-        f"leave it out, or give {', '.join(endings)}"
-    )
-
-
 def _file_records(
     spec: str, data: DataConfig, column: Column, endings: tuple[str, ...]
 ) -> Iterator[Record]:
     max_bytes = max_document_bytes(spec, data)
     for path in list_files(spec):
         with readable(path):
-            if _has_fields(path, endings):
+            if path.name.lower().endswith(endings):
                 yield from file_records(path, data, [column])
             else:
                 yield from _plain_records(path, max_bytes, column)
-
-
-def _has_fields(path: Path, endings: tuple[str, ...]) -> bool:
-    return path.name.lower().endswith(endings)
 
 
 def _plain_records(path: Path, max_bytes: int, column: Column) -> Iterator[Record]:

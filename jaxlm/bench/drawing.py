@@ -36,8 +36,9 @@ def bars(figure, results: Sequence, title: Callable[[object], str], ours: str) -
         reach = [[s.median - s.low for s in speeds], [s.high - s.median for s in speeds]]
         colors = [OURS if r.name == ours else THEIRS for r in rows]
         axes.barh([r.name for r in rows], medians, xerr=reach, color=colors, height=0.7)
-        for place, median in enumerate(medians):
-            axes.text(0, place, f" {median:,.0f}", va="center")
+        for place, (row, median) in enumerate(zip(rows, medians, strict=True)):
+            ink = "white" if row.name == ours else "black"
+            axes.text(0, place, f" {median:,.0f}", va="center", color=ink)
         axes.invert_yaxis()
         axes.set_title(name, loc="left", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)

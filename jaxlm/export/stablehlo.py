@@ -75,7 +75,7 @@ def write_stablehlo(folder: Path, model: Model, dtype: str) -> None:
             "decode": "params, tokens [B] int32, cache -> logits [B, V], cache",
         },
         "cache": "list of arrays: positions [B, S] int32, segments [B, S] int32 (0: empty), used "
-        "[] int32, then keys and values [B, S, K, H] float32 of each layer",
+        "[] int32, then keys and values [B, K, S, H] float32 of each layer",
     }
     (folder / SIGNATURE).write_text(json.dumps(signature, indent=2) + "\n", encoding="utf-8")
 

@@ -155,7 +155,7 @@ class Trunk:
         c = self.config
 
         def layer(length):
-            empty = jnp.zeros((rows, length, c.kv_heads, c.head_size), self.dtype)
+            empty = jnp.zeros((rows, c.kv_heads, length, c.head_size), self.dtype)
             return LayerCache(constrain_cache(empty), constrain_cache(empty))
 
         def slots(length):

@@ -46,7 +46,10 @@ class Source:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Keys and values [B, S, K, H] of one layer, as far as they are known."""
+    """Keys and values [B, K, S, H] of one layer, as far as they are known.
+
+    Heads come before positions, as products of matrices read them.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -211,20 +214,10 @@ def _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, bias_bnts, dropout,
     batch, length, heads, head_dim = q_btnh.shape
     kv_heads = k_bskh.shape[2]
     q_btkgh = q_btnh.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    q, k, v, (in_q, in_k) = q_btkgh, k_bskh, v_bskh, ("btkgh", "bskh")
-    # A length may be a symbol, which can be told from 1 but not compared with it.
-    if length != 1:
-        # Heads before positions: on a CPU, forward and backward take two thirds of the time. For
-        # one new token it would be a copy of the cache.
-        q, k, v = jnp.moveaxis(q, 1, 3), jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-        in_q, in_k = "bkgth", "bksh"
-    # How scores lie in memory follows the order of the two. On a GPU keys are then the last for one
-    # token, too, and a softmax is one kernel; a CPU is faster the other way.
-    factors = [(in_q, q), (in_k, k)]
-    if jax.default_backend() == "gpu":
-        factors.reverse()
-    (in_x, x), (in_y, y) = factors
-    scores_bkgts = jnp.einsum(f"{in_x},{in_y}->bkgts", x, y, preferred_element_type=jnp.float32)
+    # Heads before positions: on a CPU, forward and backward take two thirds of the time. A cache is
+    # so in memory.
+    q, k, v = (jnp.moveaxis(x, 1, -2) for x in (q_btkgh, k_bskh, v_bskh))
+    scores_bkgts = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
     scores_bkgts = scores_bkgts * scale
     if bias_bnts is not None:
         scores_bkgts = scores_bkgts + bias_bnts.reshape(scores_bkgts.shape)
@@ -234,9 +227,8 @@ def _plain(q_btnh, k_bskh, v_bskh, mask_bts, scale, softcap, bias_bnts, dropout,
     weights_bkgts = jax.nn.softmax(scores_bkgts, axis=-1)
     if dropout is not None:
         weights_bkgts = dropout(weights_bkgts, dropout_rate, ATTENTION_PROBABILITIES, 3)
-    out = jnp.einsum(f"bkgts,{in_k}->{in_q}", weights_bkgts.astype(v.dtype), v)
-    out_btkgh = jnp.moveaxis(out, 3, 1) if length != 1 else out
-    return out_btkgh.reshape(batch, length, heads, head_dim)
+    out_bkgth = jnp.einsum("bkgts,bksh->bkgth", weights_bkgts.astype(v.dtype), v)
+    return jnp.moveaxis(out_bkgth, 3, 1).reshape(batch, length, heads, head_dim)
 
 
 class Attention(nn.Module):
@@ -271,11 +263,9 @@ class Attention(nn.Module):
         keys = places
         if cache is not None:
             cache = dataclasses.replace(
-                cache,
-                k=constrain_cache(_write(cache.k, k, slot)),
-                v=constrain_cache(_write(cache.v, v, slot)),
+                cache, k=_write(cache.k, k, slot), v=_write(cache.v, v, slot)
             )
-            k, v, keys = cache.k.astype(self.dtype), cache.v.astype(self.dtype), cached
+            (k, v), keys = _read(cache, self.dtype), cached
         return self._attend(q, k, v, places, keys, bias_bnts, dropout), cache
 
     def _attend(self, q_btnh, k_bskh, v_bskh, queries, keys, bias_bnts, dropout):
@@ -352,17 +342,22 @@ class CrossAttention(Attention):
         memory_bsd, memory_places = memory
         if memory_bsd is not None:
             k, v = (self._project(name, memory_bsd) for name in "kv")
-            cache = LayerCache(constrain_cache(k), constrain_cache(v))
-        k, v = cache.k.astype(self.dtype), cache.v.astype(self.dtype)
+            cache = LayerCache(*(constrain_cache(jnp.moveaxis(x, 1, 2)) for x in (k, v)))
+        else:
+            k, v = _read(cache, self.dtype)
         return self._attend(q, k, v, places, memory_places, None, dropout), cache
 
 
-def constrain_cache(x_bskh):
+def constrain_cache(x_bksh):
     """Lay a layer's cache out: rows over data axes, heads over tp."""
-    return constrain(x_bskh, "batch", None, "kv_heads", None)
+    return constrain(x_bksh, "batch", "kv_heads", None, None)
 
 
-def _write(cache_bskh, new_btkh, slot):
-    return jax.lax.dynamic_update_slice(
-        cache_bskh, new_btkh.astype(cache_bskh.dtype), (0, slot, 0, 0)
-    )
+def _write(cache_bksh, new_btkh, slot):
+    new_bkth = jnp.moveaxis(new_btkh, 1, 2).astype(cache_bksh.dtype)
+    return constrain_cache(jax.lax.dynamic_update_slice_in_dim(cache_bksh, new_bkth, slot, axis=2))
+
+
+def _read(cache: LayerCache, dtype):
+    """Keys and values, each [B, S, K, H]."""
+    return (jnp.moveaxis(x, 1, 2).astype(dtype) for x in (cache.k, cache.v))

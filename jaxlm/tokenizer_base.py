@@ -1,6 +1,7 @@
 """What jaxlm needs of a tokenizer, whatever kind it is."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from jaxlm.errors import UserError
 SPACE_MARK = "\u2581"
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What jaxlm needs of a tokenizer. Made by `load_tokenizer`, or by training.
 
     Attributes:
@@ -80,8 +81,9 @@ class Tokenizer:
                 _check_unicode(text)
             raise
 
+    @abstractmethod
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        raise NotImplementedError
+        """`encode_batch` of texts that can be encoded."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special and unknown ids are nothing, broken UTF-8 becomes U+FFFD."""

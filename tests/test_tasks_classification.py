@@ -131,7 +131,7 @@ def test_a_source_without_a_usable_record_says_why(run, tmp_path):
     message = r"no record .*\(2 skipped as .*\): .*latin1\.tsv, line 1: byte .* is not valid UTF-8"
     with pytest.raises(UserError, match=message):
         run(str(path))
-    with pytest.raises(UserError, match=r"'stdlib', .* has no label and text: set data\.train to"):
+    with pytest.raises(UserError, match=r"'stdlib', .* has no label and text: give \.tsv"):
         run("stdlib")
 
 

@@ -75,17 +75,6 @@ class Form(ABC):
     def texts(self, item: Any) -> Sequence[str]:
         """What a tokenizer learns from."""
 
-    def name_of(self, item: Any) -> str:
-        """An item's label or language."""
-        raise NotImplementedError
-
-    def with_names(self, found: Mapping[str, int]) -> "Form":
-        """This form, with the names that the training items have; `found` counts the items.
-
-        Raises UserError for names that cannot be meant.
-        """
-        raise NotImplementedError
-
     @property
     def controls(self) -> tuple[str, ...]:
         """Special pieces that a tokenizer learns for this task."""
@@ -267,6 +256,21 @@ class Examples(Form):
         """Values with the names of their sides."""
         names = {"tokens": "target" if "source" in values else "text"}
         return [(names.get(side, side), value) for side, value in values.items()]
+
+
+class NamedExamples(Examples):
+    """Examples with labels or languages, which a config may leave to be found."""
+
+    @abstractmethod
+    def name_of(self, item: Any) -> str:
+        """An item's label or language."""
+
+    @abstractmethod
+    def with_names(self, found: Mapping[str, int]) -> "NamedExamples":
+        """This form, with the names that the training items have; `found` counts the items.
+
+        Raises UserError for names that cannot be meant.
+        """
 
 
 def counted(count: int, noun: str) -> str:

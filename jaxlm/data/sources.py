@@ -53,8 +53,9 @@ def read_documents(
     if spec.startswith("hf:"):
         records = dataset_records(spec, [column])
     else:
-        tabular = (*JSON_LINES, *PARQUET, *(TSV if tables else ()))
-        records = _file_records(spec, data, column, tabular)
+        records = _file_records(
+            spec, data, column, (*JSON_LINES, *PARQUET, *(TSV if tables else ()))
+        )
     texts = usable(records, lambda record: record.text(column, empty=True), data, counts)
     yield from filter(None, texts)
 

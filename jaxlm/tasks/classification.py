@@ -9,7 +9,7 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared
 from jaxlm.data.examples import Example
-from jaxlm.data.forms import Encoded, Examples, Origin
+from jaxlm.data.forms import Encoded, NamedExamples, Origin
 from jaxlm.data.records import TSV, Column, Record
 from jaxlm.data.sources import text_column
 from jaxlm.data.tokens import Row, token_dtype
@@ -33,7 +33,7 @@ class Labelled:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification(Examples):
+class Classification(NamedExamples):
     """Labelled texts between the tokenizer's `ends`, truncated to a row; `names` are the labels.
 
     Of a text, the position that the model's head reads has the label's number as its target and

@@ -10,7 +10,7 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared
 from jaxlm.data.examples import Example
-from jaxlm.data.forms import Encoded, Examples, Origin
+from jaxlm.data.forms import Encoded, NamedExamples, Origin
 from jaxlm.data.records import Column, Record
 from jaxlm.data.tokens import token_dtype
 from jaxlm.errors import UserError, nearest
@@ -29,7 +29,7 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Translation(Examples):
+class Translation(NamedExamples):
     """Pairs: the source side of a row holds `tag, text, EOS`, the target side `BOS, text, EOS`.
 
     `names` are the target languages, if the model is told; their tags are special pieces. Pairs of

@@ -14,6 +14,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from jaxlm.huge_pages import ask_for_huge_pages
+
 if TYPE_CHECKING:
     from jaxlm.api import (
         LanguageModel,
@@ -45,6 +47,7 @@ _is_command = any(
     for option, module in itertools.pairwise(sys.orig_argv)
 )
 if _is_command:
+    ask_for_huge_pages()
     # XLA's C++ warns, in the middle of a run's lines, of what a user cannot change. 0 shows all.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

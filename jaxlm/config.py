@@ -103,7 +103,7 @@ class TrainConfig:
     """Global rows per update, whatever the mesh."""
     accumulation: Count | None = None
     """Micro-batches an update is computed in; the update is that of the whole batch. null: one, or
-    on CPUs so many that each has about 512 tokens, which caches hold."""
+    on CPUs so many that each has about 1,024 tokens."""
     z_loss: NonNegative = 0.0
     """Weight of log(Z)^2 in the loss (PaLM: 1e-4)."""
     label_smoothing: Fraction = 0.0

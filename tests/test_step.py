@@ -77,14 +77,14 @@ def test_accumulation_is_the_update_of_the_whole_batch(accumulation, mesh):
         ("fsdp2", {}, 1),
         ("pp2", {}, 1),
         ("dp1", {"model": {"kind": "lstm"}}, 1),
-        ("dp1", {"train": {"batch_size": 12, "accumulation": 2}}, 2),
-        # Whole rows, and as few of them as have 512 tokens.
+        ("dp1", {"train": {"batch_size": 24, "accumulation": 2}}, 2),
+        # Whole rows, and as few of them as have 1,024 tokens.
         ("dp1", {"train": {"batch_size": 7}}, 1),
-        ("dp1", {"model": {"max_seq_len": 1024}, "data": {"seq_len": 1024}}, 12),
+        ("dp1", {"model": {"max_seq_len": 1024}, "data": {"seq_len": 1024}}, 24),
     ],
 )
 def test_on_cpus_few_tokens_are_taken_at_a_time(mesh, changes, parts):
-    settings = {"train": {"batch_size": 12}, "data": {"seq_len": 256}, "mesh": mesh}
+    settings = {"train": {"batch_size": 24}, "data": {"seq_len": 256}, "mesh": mesh}
     config = build_config(settings | changes)
     assert micro_batches(config, make_mesh(mesh)) == parts
 

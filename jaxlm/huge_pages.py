@@ -1,0 +1,35 @@
+"""Memory in huge pages, for commands on Linux."""
+
+import os
+import sys
+from pathlib import Path
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+TUNABLES, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
+FIRST_GLIBC = 2, 35
+"""The first that knows the tunable."""
+
+
+def ask_for_huge_pages() -> None:
+    """Start this process again, the same command, with a malloc that asks for huge pages.
+
+    A training step on CPUs gets its memory from Linux anew, and page by page: with pages of 2 MiB
+    instead of 4 KiB a step takes nine tenths of the time. glibc asks for them only if its
+    environment said so when the process began. Returns where it need not or cannot ask, and where
+    `GLIBC_TUNABLES` says already what to do (0: do not ask).
+    """
+    told = os.environ.get(TUNABLES, "")
+    if TUNABLE in told or not _has_to_ask():
+        return
+    os.environ[TUNABLES] = f"{told}:{TUNABLE}=1".removeprefix(":")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _has_to_ask() -> bool:
+    try:
+        library, version = os.confstr("CS_GNU_LIBC_VERSION").split()
+        given = HUGE_PAGES.read_text()
+    except (AttributeError, ValueError, OSError):  # no Linux, another libc, a kernel without them
+        return False
+    known = tuple(int(part) for part in version.split(".")[:2]) >= FIRST_GLIBC
+    return library == "glibc" and known and "[madvise]" in given and bool(sys.executable)

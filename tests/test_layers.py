@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxlm"
 FLOORS = [
     {
         "errors",
+        "huge_pages",
         "axes",
         "values",
         "model_parts",

@@ -38,7 +38,7 @@ class Workload:
     settings: dict
     """jaxlm's, over its defaults and `COMMON`."""
     peers: tuple[str, ...] = (EAGER, COMPILED)
-    seconds: float = 2.0
+    seconds: float = 6.0
     """About how long a turn takes."""
 
 

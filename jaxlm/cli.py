@@ -277,10 +277,20 @@ def _metavar(hint) -> str:
     return {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT"}.get(hint, "YAML")
 
 
+def _holds_text(hint) -> bool:
+    """Whether a field holds text, words or a list of such."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if is_union(hint):
+        return _holds_text(next(a for a in arguments if a is not type(None)))
+    return (
+        hint is str or origin is typing.Literal or (origin is tuple and _holds_text(arguments[0]))
+    )
+
+
 def _read_value(key: str, text: str, hint) -> object:
     """A command-line value: text stays as it is where the field holds text, else it is YAML."""
-    is_text = _metavar(hint) == "TEXT" or _metavar(hint).startswith("{")
-    if is_text or (_metavar(hint) == "LIST" and not text.startswith("[")):
+    is_list = _metavar(hint) == "LIST" and text.startswith("[")
+    if _holds_text(hint) and not is_list:
         return None if text == "null" else text
     try:
         return yaml.load(text, Loader=Loader)

@@ -35,6 +35,13 @@ def as_names(value):
     return names
 
 
+def as_numbers(value):
+    """`as_tuple`, and a better word about text than that it is no number."""
+    if isinstance(value, str):
+        raise ValueError("a number, or several such as [3,1]")
+    return as_tuple(value)
+
+
 def as_text(value):
     """Let a number stand for its digits."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -53,4 +60,4 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 PathText = Annotated[str, BeforeValidator(as_path)]
 Text = Annotated[str, BeforeValidator(as_text), Field(min_length=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
-Weights = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
+Weights = Annotated[tuple[Positive, ...], BeforeValidator(as_numbers)]

@@ -82,7 +82,11 @@ def test_what_can_be_left_out_is_counted_or_an_error(tmp_path):
     counts = Counts()
     assert read(path, counts=counts) == [("a", "b"), ("last", "one")]
     assert counts.skipped == 4
-    for number, problem in ((2, "'target' is empty"), (4, "byte 4 is not valid UTF-8")):
+    for number, problem in (
+        (2, "'target' is empty"),
+        (4, "byte 4 of field 'source' is not valid UTF-8"),
+        (5, "byte 1 of field 'target' is not"),
+    ):
         write(path, lines[number - 1])
         with pytest.raises(UserError, match=rf"a\.tsv, line 1: .*{problem}.*on_bad=skip"):
             read(path, on_bad="error")

@@ -208,7 +208,9 @@ def test_invalid_utf8_in_parquet_is_counted_or_an_error(tmp_path):
     counts = Counts()
     assert read(tmp_path, counts) == ["ok"]
     assert counts.skipped == 1
-    with pytest.raises(UserError, match=r"a\.parquet, row 2: byte 0 is not valid UTF-8"):
+    with pytest.raises(
+        UserError, match=r"a\.parquet, row 2: byte 0 of field 'text' is not valid UTF-8"
+    ):
         read(tmp_path, on_bad="error")
 
 

@@ -88,8 +88,8 @@ class Record:
     """What it has of the columns, by their `name`; bytes where these may be invalid UTF-8."""
     fields: Sequence[str] = ()
     """The names of all its fields, for messages."""
-    start: int = 0
-    """The number, in the file, of the byte its bytes begin with."""
+    start: int | None = None
+    """The number, in the file, of the byte its bytes begin with; None: they are a field's."""
 
     def text(self, column: Column, empty: bool = False) -> str:
         """The text of a column.
@@ -102,7 +102,7 @@ class Record:
             # An escape such as \ud800 can spell half of a surrogate pair: no Unicode text.
             value = value.encode("utf-8", errors="surrogatepass")
         if isinstance(value, bytes):
-            value = self._decode(value)
+            value = self._decode(value, column)
         if not isinstance(value, str):
             raise UserError(
                 f"{self.where}: field {column.field!r} holds {str(value)[:40]!r}, which is not a "
@@ -124,11 +124,12 @@ class Record:
         """The error for a record that can be left out."""
         return BadRecord(f"{self.where}: {problem}: {remedy}")
 
-    def _decode(self, value: bytes) -> str:
+    def _decode(self, value: bytes, column: Column) -> str:
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
-            place = f"byte {self.start + error.start}"
+            within = f"byte {error.start} of field {column.field!r}"
+            place = within if self.start is None else f"byte {self.start + error.start}"
             raise self.bad(f"{place} is not valid UTF-8", "convert the text to it") from error
 
 
@@ -217,7 +218,7 @@ def _tsv_records(path: Path, data: DataConfig, columns: Sequence[Column]) -> Ite
         values = {c.name: cells[n] for c, n in places.items() if n < len(cells)}
         if len(values) < len(places):
             _check_width(where, places, len(cells))
-        yield Record(where, values, start=start)
+        yield Record(where, values)
 
 
 def _cells(line: bytes) -> list[bytes]:

@@ -128,7 +128,7 @@ def test_unknown_labels_are_errors(run, tmp_path):
 def test_a_source_without_a_usable_record_says_why(run, tmp_path):
     path = tmp_path / "latin1.tsv"
     path.write_bytes("positive\tschön\nnegative\tübel\n".encode("latin-1"))
-    message = r"no record .*\(2 skipped as .*\): .*latin1\.tsv, line 1: byte .* of field .* is not valid UTF-8"
+    message = r"no record .*\(2 skipped as .*\): .*latin1\.tsv, line 1: byte .* of field"
     with pytest.raises(UserError, match=message):
         run(str(path))
     with pytest.raises(UserError, match=r"'stdlib', .* has no label and text: give \.tsv"):

@@ -15,11 +15,12 @@ def ask_for_huge_pages() -> None:
 
     A training step on CPUs gets its memory from Linux anew, and page by page: with pages of 2 MiB
     instead of 4 KiB a step takes nine tenths of the time. glibc asks for them only if its
-    environment said so when the process began. Returns where it need not or cannot ask, and where
-    `GLIBC_TUNABLES` says already what to do (0: do not ask).
+    environment said so when the process began. Returns where it need not or cannot ask, where
+    `GLIBC_TUNABLES` says already what to do (0: do not ask), and where a debugger or a profiler
+    runs the command, which Python would have called `-m` until it has found it.
     """
     told = os.environ.get(TUNABLES, "")
-    if TUNABLE in told or not _has_to_ask():
+    if TUNABLE in told or sys.argv[0] != "-m" or not _has_to_ask():
         return
     os.environ[TUNABLES] = f"{told}:{TUNABLE}=1".removeprefix(":")
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

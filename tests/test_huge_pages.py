@@ -1,12 +1,14 @@
 """Commands ask for huge pages, once, where Linux waits to be asked."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import jaxlm
 from jaxlm import huge_pages
 from jaxlm.huge_pages import TUNABLE, TUNABLES, ask_for_huge_pages
 
@@ -22,6 +24,7 @@ def asked(tmp_path, monkeypatch):
     monkeypatch.setattr(huge_pages, "HUGE_PAGES", tmp_path / "enabled")
     huge_pages.HUGE_PAGES.write_text(WAITS)
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-m", "jaxlm.train", "--a=b c"])
+    monkeypatch.setattr(sys, "argv", ["-m", "--a=b c"])
     monkeypatch.setenv(TUNABLES, "")
     return calls
 
@@ -64,8 +67,14 @@ def test_elsewhere_nothing_starts_again(libc, kernel, told, asked, monkeypatch):
     assert os.environ[TUNABLES] == told
 
 
+def test_a_debugger_is_not_started_again(asked, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["debugger/__main__.py", "-m", "jaxlm.train", "--a=b c"])
+    ask_for_huge_pages()
+    assert not asked
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="shows no environments")
-def test_a_command_has_them_and_an_import_does_not(monkeypatch):
+def test_a_command_has_them_and_an_import_does_not(tmp_path, monkeypatch):
     monkeypatch.delenv(TUNABLES, raising=False)
     show = "print(open('/proc/self/environ').read())"
 
@@ -74,7 +83,13 @@ def test_a_command_has_them_and_an_import_does_not(monkeypatch):
             [sys.executable, *command], capture_output=True, text=True, check=True
         ).stdout
 
-    # What `-m jaxlm.x` is told by; the code in front of it is what runs.
-    as_command = environment("-c", f"import jaxlm; {show}", "-m", "jaxlm.train")
-    assert (f"{TUNABLE}=1" in as_command) == huge_pages._has_to_ask()
     assert TUNABLE not in environment("-c", f"import jaxlm; {show}")
+    commands = tmp_path / "jaxlm"
+    commands.mkdir()
+    package = Path(jaxlm.__file__).parent
+    for name in ("__init__.py", "huge_pages.py"):
+        shutil.copy(package / name, commands)
+    (commands / "shown.py").write_text(show)
+    monkeypatch.chdir(tmp_path)
+    as_command = environment("-m", "jaxlm.shown")
+    assert (f"{TUNABLE}=1" in as_command) == huge_pages._has_to_ask()

@@ -1,5 +1,6 @@
 """Memory in huge pages, for commands on Linux."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ def ask_for_huge_pages() -> None:
     if TUNABLE in told or sys.argv[0] != "-m" or not _has_to_ask():
         return
     os.environ[TUNABLES] = f"{told}:{TUNABLE}=1".removeprefix(":")
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with contextlib.suppress(OSError):  # where a process may start no other
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _has_to_ask() -> bool:

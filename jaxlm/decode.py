@@ -7,19 +7,17 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxlm.beam import Beams, Hypothesis, hypotheses, search
+from jaxlm.decode_params import decoded
 from jaxlm.losses import blocked_token_nll
-from jaxlm.mesh import FOLDED, batch_shards, folded_mesh
-from jaxlm.models.build import param_shapes
-from jaxlm.models.stack import unstack
+from jaxlm.mesh import batch_shards
 from jaxlm.nn.attention import Places, Source
 from jaxlm.padding import bucket, left_pad, right_pad
-from jaxlm.parallel.pipeline import Schedule
 from jaxlm.placement import place, to_host
 from jaxlm.sampling import Sampling, choose, row_keys, without
-from jaxlm.sharding import Layout, batch_sharding, make_layout, path_name, split_boxes
+from jaxlm.sharding import Layout, batch_sharding
 from jaxlm.step import on_mesh
 
 SCORE_BLOCK = 64
@@ -282,7 +280,10 @@ class DecodeProgram:
                 state = dataclasses.replace(state, cache=cache)
                 return self._take(kind, params, state, hidden, settings)
 
-            return jax.lax.while_loop(more, one, state)
+            if state.tokens.shape[0] > 1:
+                return jax.lax.while_loop(more, one, state)
+            step = lambda state: _without_row(one(_with_row(state)))  # noqa: E731
+            return _with_row(jax.lax.while_loop(more, step, _without_row(state)))
 
         return self._compiled(extend, static_argnums=0, donate_argnums=2)
 
@@ -332,58 +333,27 @@ class DecodeProgram:
         return jax.jit(on_mesh(function, self.mesh), **options)
 
 
+def _without_row(state: DecodeState) -> DecodeState:
+    """One row's state, its cache without the axis of rows.
+
+    With it XLA's CPU compiler copies the whole cache, for each token, before it writes to it.
+    """
+    cache = jax.tree.map(lambda x: x[0] if x.ndim else x, state.cache)
+    return dataclasses.replace(state, cache=cache)
+
+
+def _with_row(state: DecodeState) -> DecodeState:
+    cache = jax.tree.map(lambda x: x[None] if x.ndim else x, state.cache)
+    return dataclasses.replace(state, cache=cache)
+
+
 def build_decode_program(model, mesh: Mesh) -> DecodeProgram:
     """Lay the parameters out for decoding; nothing is compiled yet.
 
     `mesh` and `model.schedule` are those of the parameters that `prepare` will be given; decoding
     itself takes `folded_mesh(mesh)`.
     """
-    folded = folded_mesh(mesh)
-    params, axes = split_boxes(param_shapes(model.config))
-    depths = {name: jax.tree.leaves(params[name])[0].shape[0] for name in model.stacks}
-    orders = {name: model.schedule.order(depth) for name, depth in depths.items()}
-    is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
-    for name, depth in depths.items():
-        one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), params[name])
-        one_axes = jax.tree.map(lambda names: names[1:], axes[name], is_leaf=is_axes)
-        params, axes = params | {name: (one,) * depth}, axes | {name: (one_axes,) * depth}
-    layout = make_layout(params, axes, folded)
-
-    def prepare(params):
-        params = params | {name: unstack(params[name], order) for name, order in orders.items()}
-        return jax.tree_util.tree_map_with_path(_cast, params)
-
-    def _cast(path, x):
-        # Matrices are cast where they are used in any case: once is enough.
-        is_matrix = path_name(path).rpartition("/")[2] in ("kernel", "embedding")
-        return x.astype(model.dtype) if is_matrix else x
-
-    here = jax.tree.map(lambda s: NamedSharding(mesh, unfolded(s.spec)), layout.shardings)
-    compiled = jax.jit(on_mesh(prepare, mesh), out_shardings=here)
-
-    def prepare_folded(params):
-        # The same parts on the same devices, which the folded mesh lists in another order.
-        return jax.device_put(compiled(params), layout.shardings)
-
-    model = dataclasses.replace(model, config=_dropless(model.config), schedule=Schedule())
-    return DecodeProgram(model, folded, layout, compiled if folded is mesh else prepare_folded)
-
-
-def _dropless(config):
-    """Experts without a capacity, which would make a row's text depend on the padding around it."""
-    if config.experts is None:
-        return config
-    return dataclasses.replace(config, experts=dataclasses.replace(config.experts, capacity=None))
-
-
-def unfolded(spec: PartitionSpec) -> PartitionSpec:
-    """What a spec of a folded mesh is on the mesh that was folded."""
-
-    def names(entry):
-        entry = (entry,) if isinstance(entry, str) else entry or ()
-        return tuple(a for axis in entry for a in (FOLDED if axis == "fsdp" else (axis,)))
-
-    return PartitionSpec(*map(names, spec))
+    return DecodeProgram(*decoded(model, mesh))
 
 
 def _id(token: int | None) -> np.int32:

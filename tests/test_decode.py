@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -210,6 +212,32 @@ def test_nothing_is_compiled_again_for_prompts_of_the_same_bucket(compilations):
     assert len(compilations) == before
     generate([list(range(17))])
     assert len(compilations) > before
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_token_copies_no_cache(rows, monkeypatch):
+    """What the loop over tokens is compiled to writes to caches where they are."""
+    program, params = program_and_params("dp1")
+    calls = []
+    extend = program._extend
+    monkeypatch.setitem(
+        program.__dict__, "_extend", lambda *args: calls.append(args) or extend(*args)
+    )
+    generate(PROMPTS[:rows])
+    ((kind, params, state, *rest),) = calls
+    sizes = {x.size for x in jax.tree.leaves(state.cache.layers)}
+    compiled = extend.lower(kind, params, state, *rest).compile().as_text()
+    (loop,) = re.findall(r"while\(.*body=%?([\w.\-]+)", compiled)
+    body = compiled[compiled.index(f"%{loop} ") :]
+    body = body[: body.index("\n}")]
+    copied = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", body)
+    assert not [shape for shape in copied if math.prod(map(int, shape.split(","))) in sizes]
+
+
+def test_a_tied_table_is_a_head_of_its_own_on_a_cpu():
+    program, params = program_and_params()
+    assert CONFIG.model.tie_embeddings and not program.model.config.tie_embeddings
+    np.testing.assert_array_equal(params["head"]["kernel"], params["embed"]["embedding"].T)
 
 
 def test_temperatures_and_filters_are_not_compiled_for(compilations):

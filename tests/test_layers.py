@@ -46,7 +46,7 @@ FLOORS = [
     {"nn", "losses"},
     {"models"},
     {"tasks", "checkpoint"},
-    {"step", "decode", "decode_ngram", "beam", "padding", "sampling"},
+    {"step", "decode", "decode_params", "decode_ngram", "beam", "padding", "sampling"},
     {"export"},
     {
         "api",

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.axes import MESH_AXES, OPEN, format_mesh, parse_mesh
-from jaxlm.decode import unfolded
+from jaxlm.decode_params import unfolded
 from jaxlm.errors import UserError
 from jaxlm.mesh import batch_shards, folded_mesh, make_mesh, nearest_meshes
 

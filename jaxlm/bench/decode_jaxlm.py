@@ -13,7 +13,8 @@ from jaxlm.bench.train_jaxlm import peak_bytes
 from jaxlm.cli import build_config
 from jaxlm.export.exporter import export_model
 from jaxlm.export.model import Model
-from jaxlm.models.build import make_model
+from jaxlm.models.build import make_model, param_shapes
+from jaxlm.models.head import VOCABULARY_HEAD
 from jaxlm.sharding import split_boxes
 from jaxlm.texts import generate
 from jaxlm.tokenizer import load_tokenizer
@@ -41,10 +42,11 @@ class Side:
         self.model = load(folder, dtype=dtype)
         config = self.model.config.model
         leaves = jax.tree_util.tree_leaves_with_path(self.model.params)
-        looked_up = lambda path: not config.tie_embeddings and "embedding" in str(path)  # noqa: E731
+        has_head = VOCABULARY_HEAD in self.model.params
+        looked_up = lambda path: has_head and "embedding" in str(path)  # noqa: E731
         row = 2 * config.num_layers * config.kv_heads * config.head_size
         return {
-            "parameters": sum(leaf.size for _, leaf in leaves),
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config))),
             "weight_bytes": sum(leaf.nbytes for path, leaf in leaves if not looked_up(path)),
             "cache_bytes_per_position": row * jnp.dtype(config.dtype).itemsize,
             "device": jax.devices()[0].device_kind,

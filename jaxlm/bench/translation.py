@@ -21,6 +21,7 @@ from jaxlm.cli import read_config
 from jaxlm.config import Config
 from jaxlm.data.corpus import prepare
 from jaxlm.errors import UserError
+from jaxlm.models.build import param_shapes
 from jaxlm.monitor import read_metrics
 from jaxlm.run_folder import find_step
 from jaxlm.tasks.build import make_form
@@ -114,7 +115,7 @@ def _ours(run: Path, rows: list[list[str]], language: str, tokens: int, say) -> 
         say(f"jaxlm: {len(texts)} texts, beam {beams}, in {time.monotonic() - started:.0f} s")
         found = translation_scores(texts, references, language)
         scores[f"beam{beams}"] = found.bleu, found.chrf
-    size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    size = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(model.config.model)))
     seconds = sum(row["step_seconds"] for row in steps)
     return Result("jaxlm", size, tokens, seconds, scores)
 

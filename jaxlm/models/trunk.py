@@ -155,8 +155,9 @@ class Trunk:
         c = self.config
 
         def layer(length):
-            empty = jnp.zeros((rows, c.kv_heads, length, c.head_size), self.dtype)
-            return LayerCache(constrain_cache(empty), constrain_cache(empty))
+            shapes = (c.head_size, length), (length, c.head_size)
+            empty = (jnp.zeros((rows, c.kv_heads, *shape), self.dtype) for shape in shapes)
+            return LayerCache(*map(constrain_cache, empty))
 
         def slots(length):
             return Places(*(jnp.zeros((rows, length), jnp.int32),) * 2)

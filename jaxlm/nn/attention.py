@@ -46,13 +46,12 @@ class Source:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Keys and values [B, K, S, H] of one layer, as far as they are known.
-
-    Heads come before positions, as products of matrices read them.
-    """
+    """Keys and values of one layer, as far as they are known, as products of matrices read them."""
 
     k: jax.Array
+    """[B, K, H, S]: of one row XLA would copy keys into this order for every token, on a CPU."""
     v: jax.Array
+    """[B, K, S, H]."""
     source: "LayerCache | None" = None
     """Those of the source, in a layer that attends to one."""
 
@@ -263,7 +262,7 @@ class Attention(nn.Module):
         keys = places
         if cache is not None:
             cache = dataclasses.replace(
-                cache, k=_write(cache.k, k, slot), v=_write(cache.v, v, slot)
+                cache, k=_write(cache.k, k, slot, 3), v=_write(cache.v, v, slot, 2)
             )
             (k, v), keys = _read(cache, self.dtype), cached
         return self._attend(q, k, v, places, keys, bias_bnts, dropout), cache
@@ -342,22 +341,26 @@ class CrossAttention(Attention):
         memory_bsd, memory_places = memory
         if memory_bsd is not None:
             k, v = (self._project(name, memory_bsd) for name in "kv")
-            cache = LayerCache(*(constrain_cache(jnp.moveaxis(x, 1, 2)) for x in (k, v)))
+            across = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
+            cache = LayerCache(*map(constrain_cache, across))
         else:
             k, v = _read(cache, self.dtype)
         return self._attend(q, k, v, places, memory_places, None, dropout), cache
 
 
-def constrain_cache(x_bksh):
+def constrain_cache(x):
     """Lay a layer's cache out: rows over data axes, heads over tp."""
-    return constrain(x_bksh, "batch", "kv_heads", None, None)
+    return constrain(x, "batch", "kv_heads", None, None)
 
 
-def _write(cache_bksh, new_btkh, slot):
-    new_bkth = jnp.moveaxis(new_btkh, 1, 2).astype(cache_bksh.dtype)
-    return constrain_cache(jax.lax.dynamic_update_slice_in_dim(cache_bksh, new_bkth, slot, axis=2))
+def _write(cache, new_btkh, slot, axis: int):
+    """The cache with new keys or values; `axis` is that of its positions."""
+    new = jnp.moveaxis(new_btkh, 1, axis).astype(cache.dtype)
+    if cache.shape[0] == 1:  # see `decode.DecodeProgram`
+        return jax.lax.dynamic_update_slice_in_dim(cache[0], new[0], slot, axis=axis - 1)[None]
+    return constrain_cache(jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=axis))
 
 
 def _read(cache: LayerCache, dtype):
     """Keys and values, each [B, S, K, H]."""
-    return (jnp.moveaxis(x, 1, 2).astype(dtype) for x in (cache.k, cache.v))
+    return jnp.moveaxis(cache.k, 3, 1).astype(dtype), jnp.moveaxis(cache.v, 2, 1).astype(dtype)

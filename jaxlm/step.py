@@ -66,14 +66,14 @@ def init_state(params, optimizer, config: Config) -> TrainState:
 def train_step(
     state: TrainState,
     batch: Batch,
+    rate,
     *,
     model,
     optimizer,
-    schedule,
     config: Config,
     micro_batches: int,
 ):
-    """One update of the whole batch; returns (state, metrics), every metric a scalar.
+    """One update of the whole batch at a learning rate; returns (state, metrics), all scalars.
 
     The loss is a mean over the targets of the global batch, however it is split. A non-finite
     loss or gradient leaves everything but the counters as it was.
@@ -94,7 +94,6 @@ def train_step(
     )
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    rate = schedule(state.step)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
     if config.lora is None:
         params = moe.balance(config.model, params, routed)
@@ -186,6 +185,26 @@ def in_ring_order(tree):
 
 
 @dataclasses.dataclass(frozen=True)
+class Update:
+    """`train_step`, compiled for a mesh at its first call.
+
+    The learning rate is computed beside it, so that a compilation cache has it for all schedules.
+    """
+
+    compiled: Callable
+    """(TrainState, Batch, rate) -> (TrainState, metrics); the state is donated."""
+    rate: Callable
+    """(step) -> rate, float32."""
+
+    def __call__(self, state: TrainState, batch: Batch):
+        return self.compiled(state, batch, self.rate(state.step))
+
+    def lower(self, state: TrainState, batch: Batch):
+        """As `jax.jit`'s, of arrays or their shapes."""
+        return self.compiled.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """The functions of a run, each compiled at its first call, and how its state is stored."""
 
@@ -197,7 +216,7 @@ class Program:
     """() -> TrainState, from the seed."""
     init_from: Callable
     """(the model's parameters in stored shapes) -> TrainState; the parameters are donated."""
-    train_step: Callable
+    train_step: Update
     """(TrainState, Batch) -> (TrainState, metrics); the state is donated."""
     eval_step: Callable
     """(the model's parameters, Batch) -> LossSums, or LabelSums of a classifier."""
@@ -296,13 +315,13 @@ def build_program(model, make_optimizer: Callable, schedule: Callable, config: C
     def initial_from(params):
         return layout.store(plan.begin(params_layout.unstore(params)))
 
-    def update(state, batch):
+    def update(state, batch, rate):
         state, metrics = train_step(
             layout.unpad(state),
             batch,
+            rate,
             model=model,
             optimizer=plan.optimizer,
-            schedule=schedule,
             config=config,
             micro_batches=micro_batches(config, mesh),
         )
@@ -324,12 +343,15 @@ def build_program(model, make_optimizer: Callable, schedule: Callable, config: C
         saved=plan.saved,
         init=compiled(initial, out_shardings=stored),
         init_from=compiled(initial_from, out_shardings=stored, donate_argnums=0),
-        train_step=compiled(
-            update,
-            in_shardings=(stored, rows),
-            out_shardings=(stored, everywhere),
-            donate_argnums=0,
-            compiler_options=compiler_options(config.parallel.overlap),
+        train_step=Update(
+            compiled(
+                update,
+                in_shardings=(stored, rows, everywhere),
+                out_shardings=(stored, everywhere),
+                donate_argnums=0,
+                compiler_options=compiler_options(config.parallel.overlap),
+            ),
+            compiled(schedule, out_shardings=everywhere),
         ),
         eval_step=compiled(
             evaluate, in_shardings=(params_layout.shardings, rows), out_shardings=everywhere

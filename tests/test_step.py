@@ -141,15 +141,28 @@ def test_a_gradient_that_is_not_finite_is_enough(adamw):
         train_step,
         model=Exploding(config.model),
         optimizer=optax.identity(),
-        schedule=lambda step: 0.1,
         config=config,
         micro_batches=1,
     )
     state = dataclasses.replace(program.init(), opt_state=optax.EmptyState())
-    new, metrics = jax.jit(step)(state, random_batch(config))
+    new, metrics = jax.jit(step)(state, random_batch(config), 0.1)
     assert np.isfinite(metrics["loss"])
     assert new.skipped == 1
     jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
+
+
+def test_a_step_is_compiled_once_for_all_schedules():
+    def lowered(**optim):
+        steps = optim.pop("steps", 100)
+        config = small_config(optim, {"steps": steps})
+        program = make_program(config)
+        batch = program.put(random_batch(config))
+        return program.train_step.lower(program.layout.stored, batch).as_text()
+
+    one = lowered()
+    assert lowered(steps=50) == one
+    assert lowered(learning_rate=1e-3, schedule="wsd", warmup_steps=7) == one
+    assert lowered(clip_norm=3.0) != one
 
 
 def test_the_average_of_the_parameters(adamw):

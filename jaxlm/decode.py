@@ -72,7 +72,8 @@ class DecodeProgram:
     layout: Layout
     """Of the parameters, unstacked."""
     prepare: Callable
-    """(training's parameters, stacked, in stored shapes) -> parameters for the methods below."""
+    """(training's parameters, stacked, in stored shapes) -> parameters for the methods below. With
+    `consume=True` it frees them."""
 
     def generate(
         self,

@@ -1,7 +1,8 @@
 """A model and its parameters as decoding wants them: a layer at a time, on a mesh without pp."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -12,14 +13,19 @@ from jaxlm.models.build import param_shapes
 from jaxlm.models.head import VOCABULARY_HEAD
 from jaxlm.models.stack import unstack
 from jaxlm.parallel.pipeline import Schedule
-from jaxlm.sharding import Layout, make_layout, path_name, split_boxes
+from jaxlm.sharding import Layout, as_tree, by_path, make_layout, path_name, split_boxes
 from jaxlm.step import on_mesh
+
+PART_BYTES = 2**30
+"""Of parameters that are consumed at a time: a smaller model is compiled for once."""
 
 
 def decoded(model, mesh: Mesh) -> tuple[object, Mesh, Layout, Callable]:
     """(the model as it decodes, the mesh it does so on, its parameters' layout there, prepare).
 
-    `prepare` makes those parameters of training's, stacked, in stored shapes, on `mesh`.
+    `prepare(params, consume=False)` makes those parameters of training's, stacked, in stored
+    shapes, on `mesh`. With `consume` these are freed, part by part, so that there is little of them
+    twice.
     """
     folded = folded_mesh(mesh)
     config = _decoded_config(model.config)
@@ -34,27 +40,62 @@ def decoded(model, mesh: Mesh) -> tuple[object, Mesh, Layout, Callable]:
         params, axes = params | {name: (one,) * depth}, axes | {name: (one_axes,) * depth}
     layout = make_layout(params, axes, folded)
 
-    def prepare(params):
-        if own_head:
+    def apart(params):
+        if own_head and "embedding" in params.get("embed", {}):
             head = params.get(VOCABULARY_HEAD, {}) | {"kernel": params["embed"]["embedding"].T}
             params = params | {VOCABULARY_HEAD: head}
-        params = params | {name: unstack(params[name], order) for name, order in orders.items()}
-        return jax.tree_util.tree_map_with_path(cast, params)
+        here = {name: order for name, order in orders.items() if name in params}
+        params = params | {name: unstack(params[name], order) for name, order in here.items()}
+        return as_computed(params, model.dtype)
+
+    unfold = lambda s: NamedSharding(mesh, unfolded(s.spec))  # noqa: E731
+    places = {name: unfold(sharding) for name, sharding in by_path(layout.shardings).items()}
+    compiled = {}
+
+    def prepare(params, consume: bool = False):
+        made = {}
+        for part in _parts(by_path(params), PART_BYTES if consume else math.inf):
+            tree, names = as_tree(part), tuple(part)
+            if names not in compiled:
+                results = jax.eval_shape(apart, tree)
+                put = jax.tree_util.tree_map_with_path(lambda p, _: places[path_name(p)], results)
+                compiled[names] = jax.jit(on_mesh(apart, mesh), out_shardings=put)
+            made |= by_path(compiled[names](tree))
+            if consume:
+                jax.block_until_ready(made)
+                for x in part.values():
+                    x.delete()
+        made = jax.tree.unflatten(jax.tree.structure(layout.shardings), [made[n] for n in places])
+        # The same parts on the same devices, which the folded mesh lists in another order.
+        return made if folded is mesh else jax.device_put(made, layout.shardings)
+
+    return dataclasses.replace(model, config=config, schedule=Schedule()), folded, layout, prepare
+
+
+def as_computed(params, dtype):
+    """Parameters, or their shapes, with matrices in the type that they are multiplied in.
+
+    They are cast where they are used in any case: once is enough.
+    """
 
     def cast(path, x):
-        # Matrices are cast where they are used in any case: once is enough.
-        is_matrix = path_name(path).rpartition("/")[2] in ("kernel", "embedding")
-        return x.astype(model.dtype) if is_matrix else x
+        if path_name(path).rpartition("/")[2] not in ("kernel", "embedding"):
+            return x
+        return x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
 
-    here = jax.tree.map(lambda s: NamedSharding(mesh, unfolded(s.spec)), layout.shardings)
-    compiled = jax.jit(on_mesh(prepare, mesh), out_shardings=here)
+    return jax.tree_util.tree_map_with_path(cast, params)
 
-    def prepare_folded(params):
-        # The same parts on the same devices, which the folded mesh lists in another order.
-        return jax.device_put(compiled(params), layout.shardings)
 
-    model = dataclasses.replace(model, config=config, schedule=Schedule())
-    return model, folded, layout, compiled if folded is mesh else prepare_folded
+def _parts(leaves: dict[str, jax.Array], size: float) -> Iterator[dict[str, jax.Array]]:
+    """Leaves in parts of at least `size` bytes, the last aside."""
+    part = {}
+    for name, leaf in leaves.items():
+        part[name] = leaf
+        if sum(x.nbytes for x in part.values()) >= size:
+            yield part
+            part = {}
+    if part:
+        yield part
 
 
 def _decoded_config(config: ModelConfig) -> ModelConfig:

@@ -23,6 +23,7 @@ from jaxlm.cli import read_config
 from jaxlm.config import Config
 from jaxlm.decode import build_decode_program
 from jaxlm.decode_ngram import NgramProgram
+from jaxlm.decode_params import as_computed
 from jaxlm.errors import UserError
 from jaxlm.export.huggingface import (
     is_model_folder,
@@ -100,24 +101,32 @@ def load_program(folder: Path, config: Config, mesh: Mesh, average_last: int | N
         )
     model = make_model(config.model)
     program = build_decode_program(model, mesh)
-    return program, program.prepare(load_params(folder, model, mesh, average_last=average_last))
+    params = load_params(folder, model, mesh, average_last=average_last, dtype=model.dtype)
+    return program, program.prepare(params, consume=True)
 
 
 def load_params(
-    path: str | Path, model, mesh: Mesh, average: bool = True, average_last: int | None = None
+    path: str | Path,
+    model,
+    mesh: Mesh,
+    average: bool = True,
+    average_last: int | None = None,
+    dtype: jnp.dtype = jnp.float32,
 ):
     """The parameters of a model's folder for `model`, stacked, as they are stored on `mesh`.
 
     Of a run that kept an average of its parameters that is taken, unless `average` is false. With
     `average_last`, the mean over that many checkpoints of a run, the last of them `path`'s, of the
     parameters themselves (Vaswani et al., 2017), in float32 and one at a time. Adapters are merged
-    into the model they belong to. A folder whose parameters have other names or shapes is a
+    into the model they belong to. Matrices of a folder of transformers are cast to `dtype` as they
+    are read; a run's stay float32. A folder whose parameters have other names or shapes is a
     UserError, and so are too few checkpoints.
     """
     folder = find_model(path)
     layout = _layout(model, mesh)
     if average_last is None:
-        return layout.to_stored(_read(folder, model.config, layout.exact, average))
+        targets = as_computed(layout.exact, dtype) if is_model_folder(folder) else layout.exact
+        return layout.to_stored(_read(folder, model.config, targets, average))
     mean = None
     for count, step in enumerate(_last_steps(folder, average_last), 1):
         params = _read(find_step(step), model.config, layout.exact, average=False)

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -232,6 +232,23 @@ def axes_like(tree, params, param_axes):
 def path_name(path) -> str:
     """A tree path as `layers/attention/q/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def by_path(tree) -> dict[str, object]:
+    """The leaves of a tree by their paths."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def as_tree(leaves: Mapping[str, object]) -> dict:
+    """Undo `by_path`."""
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -303,14 +303,12 @@ def build_program(model, make_optimizer: Callable, schedule: Callable, config: C
 
     `make_optimizer(axes)` gets the logical axes of the parameters that train.
     """
-    key = jax.random.key(config.seed)
     plan = plan_state(model, make_optimizer, config, mesh)
-    layout, params_layout = plan.state, plan.params
-    stored, everywhere = layout.shardings, replicated_sharding(mesh)
-    rows = batch_sharding(mesh)
+    layout, params_layout, stored = plan.state, plan.params, plan.state.shardings
+    everywhere, rows = replicated_sharding(mesh), batch_sharding(mesh)
 
     def initial():
-        return layout.store(plan.begin(split_boxes(model.init(key))[0]))
+        return layout.store(plan.begin(split_boxes(model.init(jax.random.key(config.seed)))[0]))
 
     def initial_from(params):
         return layout.store(plan.begin(params_layout.unstore(params)))

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import MODEL, make_program, random_batch, tiny_config
 
+from jaxlm import decode_params
 from jaxlm.axes import format_mesh
 from jaxlm.decode import Sampling, build_decode_program, choose
 from jaxlm.mesh import make_mesh
@@ -238,6 +239,20 @@ def test_a_tied_table_is_a_head_of_its_own_on_a_cpu():
     program, params = program_and_params()
     assert CONFIG.model.tie_embeddings and not program.model.config.tie_embeddings
     np.testing.assert_array_equal(params["head"]["kernel"], params["embed"]["embedding"].T)
+
+
+@pytest.mark.parametrize("mesh", ["dp1", "fsdp2,tp2"])
+def test_parameters_are_consumed_part_by_part(mesh, monkeypatch):
+    program, _ = program_and_params(mesh)
+    params = make_program(CONFIG, mesh).init().params
+    whole = program.prepare(params)
+    monkeypatch.setattr(decode_params, "PART_BYTES", 20_000)
+    parts = list(decode_params._parts(decode_params.by_path(params), 20_000))
+    assert 2 < len(parts) < len(jax.tree.leaves(params))
+    made = program.prepare(params, consume=True)
+    assert all(x.is_deleted() for x in jax.tree.leaves(params))
+    jax.tree.map(np.testing.assert_array_equal, made, whole)
+    assert jax.tree.map(lambda x: x.sharding, made) == jax.tree.map(lambda x: x.sharding, whole)
 
 
 def test_temperatures_and_filters_are_not_compiled_for(compilations):

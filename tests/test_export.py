@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -23,8 +24,11 @@ from jaxlm.export import __main__ as command
 from jaxlm.export import exporter, huggingface, verify
 from jaxlm.export.llama import LLAMA
 from jaxlm.export.safetensors import INDEX, WEIGHTS, read_tensors
-from jaxlm.loading import find_model, read_model
+from jaxlm.loading import find_model, load_params, read_model
+from jaxlm.mesh import make_mesh
+from jaxlm.models.build import make_model
 from jaxlm.monitor import read_metrics
+from jaxlm.sharding import by_path
 
 SIZES = {
     "vocab_size": 320,
@@ -105,6 +109,20 @@ def test_back_again_the_parameters_are_identical(exported, trained_run):
     jax.tree.map(np.testing.assert_array_equal, ours.params, again.params)
     assert again.config.max_seq_len == ours.config.max_seq_len
     assert (again.prefix, again.tokenizer.vocab_size) == ([1], ours.tokenizer.vocab_size)
+
+
+def test_matrices_are_cast_as_they_are_read(exported):
+    half = jaxlm.load(exported, dtype="bfloat16")
+    model, mesh = make_model(half.config.model), make_mesh("dp1")
+    whole = load_params(exported, model, mesh)
+    params = load_params(exported, model, mesh, dtype=model.dtype)
+    for path, leaf in by_path(params).items():
+        matrix = path.endswith(("kernel", "embedding"))
+        assert leaf.dtype == (jnp.bfloat16 if matrix else jnp.float32), path
+    cast = jax.tree.map(lambda x, like: x.astype(like.dtype), whole, params)
+    jax.tree.map(np.testing.assert_array_equal, params, cast)
+    for path, leaf in by_path(half.program.prepare(whole)).items():
+        np.testing.assert_array_equal(by_path(half.params)[path], leaf)
 
 
 @pytest.mark.slow

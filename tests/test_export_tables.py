@@ -11,11 +11,11 @@ import transformers
 from jaxlm.errors import UserError
 from jaxlm.export import FAMILIES, family_of
 from jaxlm.export.rows import Tensor
-from jaxlm.export.table import _resolved, as_tree, shapes_of
+from jaxlm.export.table import _resolved, shapes_of
 from jaxlm.model_config import ModelConfig, RopeScaling
 from jaxlm.models.decoder import Decoder
 from jaxlm.presets import PRESETS
-from jaxlm.sharding import split_boxes
+from jaxlm.sharding import as_tree, split_boxes
 
 LLAMA, GPT2 = FAMILIES["llama"], FAMILIES["gpt2"]
 SMALL = {"vocab_size": 13, "max_seq_len": 16, "d_model": 12, "num_layers": 2, "d_ff": 10}

@@ -12,14 +12,14 @@ import transformers
 
 from jaxlm.errors import UserError
 from jaxlm.export import FAMILIES
-from jaxlm.export.table import as_tree, shapes_of
+from jaxlm.export.table import shapes_of
 from jaxlm.losses import Objective, blocked_cross_entropy
 from jaxlm.model_config import ModelConfig
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.head import head_params
 from jaxlm.nn.attention import Places
 from jaxlm.nn.layers import Dropout, residual_std
-from jaxlm.sharding import split_boxes
+from jaxlm.sharding import as_tree, split_boxes
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -16,9 +16,10 @@ from jaxlm.export.families import family_of
 from jaxlm.export.model import Model
 from jaxlm.export.model_card import model_card
 from jaxlm.export.safetensors import read_tensors, write_tensors
-from jaxlm.export.table import Family, as_tree, by_path
+from jaxlm.export.table import Family
 from jaxlm.export.vocabulary import write_tokenizer
 from jaxlm.model_config import ModelConfig
+from jaxlm.sharding import as_tree, by_path
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
 SETTINGS = "config.json"

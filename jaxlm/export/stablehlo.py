@@ -25,11 +25,11 @@ import numpy as np
 from jaxlm.errors import UserError
 from jaxlm.export.model import Model
 from jaxlm.export.safetensors import write_tensors
-from jaxlm.export.table import as_tree, by_path
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.stack import unstack
 from jaxlm.models.trunk import Cache
 from jaxlm.nn.attention import LayerCache, Places
+from jaxlm.sharding import as_tree, by_path
 
 PLATFORMS = ("cpu", "cuda")
 PARAMS = "params.safetensors"

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from pydantic import ValidationError
 
@@ -18,7 +17,7 @@ from jaxlm.errors import UserError
 from jaxlm.export.rows import REQUIRED, Part, Setting, Tensor
 from jaxlm.model_config import ExpertsConfig, ModelConfig
 from jaxlm.models.build import param_shapes
-from jaxlm.sharding import path_name, split_boxes
+from jaxlm.sharding import by_path, split_boxes
 
 # What a checkpoint does not record: how to train and run, not what is computed.
 UNRECORDED = frozenset(
@@ -235,23 +234,6 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter by its path."""
     params, _ = split_boxes(param_shapes(config))
     return {path: leaf.shape for path, leaf in by_path(params).items()}
-
-
-def by_path(tree) -> dict[str, Any]:
-    """The leaves of a tree by their paths."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def as_tree(leaves: Mapping[str, Any]) -> dict:
-    """Undo `by_path`."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def _resolved(config: ModelConfig, **changes) -> dict[str, Any]:

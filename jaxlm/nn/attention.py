@@ -341,8 +341,9 @@ class CrossAttention(Attention):
         memory_bsd, memory_places = memory
         if memory_bsd is not None:
             k, v = (self._project(name, memory_bsd) for name in "kv")
-            across = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
-            cache = LayerCache(*map(constrain_cache, across))
+            cache = LayerCache(
+                *map(constrain_cache, (jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)))
+            )
         else:
             k, v = _read(cache, self.dtype)
         return self._attend(q, k, v, places, memory_places, None, dropout), cache
@@ -356,9 +357,11 @@ def constrain_cache(x):
 def _write(cache, new_btkh, slot, axis: int):
     """The cache with new keys or values; `axis` is that of its positions."""
     new = jnp.moveaxis(new_btkh, 1, axis).astype(cache.dtype)
-    if cache.shape[0] == 1:  # see `decode.DecodeProgram`
-        return jax.lax.dynamic_update_slice_in_dim(cache[0], new[0], slot, axis=axis - 1)[None]
-    return constrain_cache(jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=axis))
+    if cache.shape[0] == 1:  # which a loop over tokens holds without the axis of rows
+        written = jax.lax.dynamic_update_slice_in_dim(cache[0], new[0], slot, axis - 1)[None]
+    else:
+        written = jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis)
+    return constrain_cache(written)
 
 
 def _read(cache: LayerCache, dtype):

@@ -150,7 +150,8 @@ def measure(
         update = program.train_step.lower(state, batch).compile()
         report(f"{name}: compiled in {time.monotonic() - started:.1f} s")
         for step in range(STEPS):
-            state, metrics = update(state, program.put(random_batch(config, step)))
+            rate = program.train_step.rate(state.step)
+            state, metrics = update(state, program.put(random_batch(config, step)), rate)
             losses.append(float(metrics["loss"]))
             if step == 0:
                 norm = float(metrics["grad_norm"])

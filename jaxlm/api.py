@@ -22,7 +22,7 @@ from jaxlm.misfit import check_fits
 from jaxlm.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LanguageModel:
     """A trained model on a mesh, ready to generate and score. Made by `load`."""
 
@@ -39,6 +39,10 @@ class LanguageModel:
     """They are the mean over so many checkpoints, that step the last; None: they are one's."""
     suffix: tuple[int, ...] = ()
     """Ids that a text to be classified ends with."""
+
+    def __repr__(self) -> str:
+        where = f"step {self.step} of {self.source}" if self.step else self.source
+        return f"<LanguageModel: {self.config.model.kind}, {where}>"
 
     def check_says_something(self) -> None:
         """Raise UserError for an encoder without labels: it reads texts, and says nothing."""

@@ -175,7 +175,7 @@ def check_unchanged(run: Path, config: Config) -> None:
         )
         raise UserError(
             f"{run} holds a run with another configuration ({differences}): give the same, or "
-            "another --out"
+            f"another --out (with --init_from={run} it starts from this run's parameters)"
         )
 
 

@@ -22,7 +22,13 @@ class Competitor:
     def __init__(self, name: str, command: Sequence[str], env: dict[str, str] | None = None):
         self.name = name
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            # Ctrl-C is for who asks, and ends it.
+            start_new_session=True,
         )
 
     def ask(self, do: str, **request) -> dict:

@@ -116,7 +116,8 @@ def verify(
     missing = [name for name in stack.packages if importlib.util.find_spec(name) is None]
     if missing:
         reason = (
-            f"{missing[0]} is not installed: pip install 'jaxlm[{stack.extra}]', then export again"
+            f"{missing[0]} is not installed: pip install 'jaxlm[{stack.extra}]', then remove this "
+            "export and make it again"
         )
         return dataclasses.replace(unverified, reason=reason)
     with tempfile.TemporaryDirectory() as work:

@@ -2,10 +2,12 @@
 
 The disk's rates are of the same number of bytes, in the same folder, in the same turn: written by
 one thread and waited for, and read by one. Before each reading the system is told to forget them.
+As of a run that continues, a restore is of a process that begins.
 """
 
 import dataclasses
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,15 +62,19 @@ def run(device: str, quick: bool, out: Path, say: Callable[[str], None]) -> list
     """Save and restore a model's training state some times. Raises UserError without psutil."""
     if importlib.util.find_spec("psutil") is None:
         raise UserError("this benchmark needs psutil: pip install 'jaxlm[bench]'")
-    command = [sys.executable, "-m", "jaxlm.bench.checkpoint_jaxlm"]
-    with Competitor("jaxlm", command, jax_on(device)) as side:
-        facts = side.ask("setup", settings=SETTINGS | {"model": QUICK_MODEL if quick else MODEL})
+    settings = SETTINGS | {"model": QUICK_MODEL if quick else MODEL}
+    folder = out / "run"
+    with _side(device) as side:
+        facts = side.ask("setup", settings=settings)
         say(f"a state of {facts['state_bytes'] / 1e9:.2f} GB")
         turns = []
         for _ in range(2 if quick else 5):
-            turns.append(side.ask("turn", folder=str(out / "run")))
+            turns.append(side.ask("save", folder=str(folder)))
             seconds = turns[-1]["seconds"]
+            with _side(device) as reader:
+                seconds |= reader.ask("restore", settings=settings, folder=str(folder))["seconds"]
             say(", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
+    shutil.rmtree(folder)
     median = lambda name: float(np.median([turn["seconds"][name] for turn in turns]))  # noqa: E731
     names = [f.name for f in dataclasses.fields(Result) if f.name in turns[0]["seconds"]]
     return [
@@ -81,6 +87,11 @@ def run(device: str, quick: bool, out: Path, say: Callable[[str], None]) -> list
             versions=facts["versions"],
         )
     ]
+
+
+def _side(device: str) -> Competitor:
+    command = [sys.executable, "-m", "jaxlm.bench.checkpoint_jaxlm"]
+    return Competitor("jaxlm", command, jax_on(device))
 
 
 def table(results: list[Result]) -> str:

@@ -1,4 +1,4 @@
-"""Saves and restores a training state and times it, asked by lines."""
+"""Saves a training state, or restores one in another process, and times it: asked by lines."""
 
 import os
 import shutil
@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jaxlm.bench.answering import answer
 from jaxlm.bench.memory import Peak
-from jaxlm.bench.train_jaxlm import Trainer
+from jaxlm.bench.train_jaxlm import Trainer, make_program
 from jaxlm.checkpoint import Checkpoints, restore_state, step_folder
+from jaxlm.cli import build_config
 from jaxlm.manifest import verify
 
 CHUNK = 2**24
@@ -31,8 +33,8 @@ class Side:
             "versions": {"jax": jax.__version__},
         }
 
-    def turn(self, folder: str) -> dict:
-        """One save and one restore, with what the disk does without jaxlm; seconds each."""
+    def save(self, folder: str) -> dict:
+        """One save into a folder made anew, with what else its bytes would take; seconds each."""
         run, times = Path(folder), {}
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir(parents=True)
@@ -47,23 +49,28 @@ class Side:
                 checkpoints.save(1, state, tokenizer=NoTokenizer(), **texts)
             checkpoints.wait()
         checkpoints.close()
-        saved = step_folder(run, 1)
-        files = [path for path in saved.rglob("*") if path.is_file()]
-        forget(files)
-        with timed(times, "raw_read"):
-            size = sum(map(read, files))
-        forget(files)
-        with timed(times, "verify"):
-            assert verify(saved) is None
-        forget(files)
-        with timed(times, "restore"):
-            restored = restore_state(saved, self.trainer.program.saved.exact)
-            jax.block_until_ready(restored)
-        del restored
+        size = sum(path.stat().st_size for path in files_of(run))
         with timed(times, "raw_write"):
             write(run / "raw", size)
-        shutil.rmtree(run)
+        (run / "raw").unlink()
         return {"seconds": times, "bytes": size, "more_bytes": peak.bytes - peak.before}
+
+    def restore(self, settings: dict, folder: str) -> dict:
+        """What `save` of another process wrote, by one that has no state yet; seconds each."""
+        saved, times = step_folder(folder, 1), {}
+        wanted = make_program(build_config(settings)).saved.exact
+        forget(files_of(saved))
+        with timed(times, "raw_read"):
+            for path in files_of(saved):
+                read(path)
+        forget(files_of(saved))
+        with timed(times, "verify"):
+            assert verify(saved) is None
+        forget(files_of(saved))
+        get_memory(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)))
+        with timed(times, "restore"):
+            jax.block_until_ready(restore_state(saved, wanted))
+        return {"seconds": times}
 
 
 class NoTokenizer:
@@ -86,6 +93,11 @@ class timed:
         self.times[self.name] = time.monotonic() - self.started
 
 
+def files_of(folder: Path) -> list[Path]:
+    """Every file in a folder."""
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
 def forget(files: list[Path]) -> None:
     """Let the system drop what it keeps of files in memory, where it offers to."""
     if not hasattr(os, "posix_fadvise"):
@@ -96,14 +108,20 @@ def forget(files: list[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read(path: Path) -> int:
-    """Read a file; its size."""
+def get_memory(size: int) -> None:
+    """Have the system have so much at hand.
+
+    What a virtual machine has not used lately it gets from its host, slower than from a disk.
+    """
+    np.ones(size, np.uint8)
+
+
+def read(path: Path) -> None:
+    """Read a file, and keep nothing."""
     buffer = bytearray(CHUNK)
-    total = 0
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            total += count
-    return total
+        while file.readinto(buffer):
+            pass
 
 
 def write(path: Path, size: int) -> None:

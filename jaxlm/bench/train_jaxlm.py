@@ -14,7 +14,7 @@ from jaxlm.flops import training_flops_per_token
 from jaxlm.mesh import make_mesh
 from jaxlm.optim import learning_rate, make_optimizer
 from jaxlm.sharding import path_name
-from jaxlm.step import build_model, build_program
+from jaxlm.step import Program, build_model, build_program
 from jaxlm.tasks.batch import Batch
 
 STEPS = 1000  # of the schedule, which is constant
@@ -25,14 +25,7 @@ class Trainer:
 
     def __init__(self, settings: dict):
         self.config = build_config(settings)
-        mesh = make_mesh(self.config.mesh)
-        self.program = build_program(
-            build_model(self.config, mesh),
-            functools.partial(make_optimizer, self.config.optim),
-            learning_rate(self.config.optim, STEPS),
-            self.config,
-            mesh,
-        )
+        self.program = make_program(self.config)
         self.state = self.program.init()
         self.batch = self.program.put(synthetic_batch(self.config))
 
@@ -41,6 +34,18 @@ class Trainer:
         for _ in range(count):
             self.state, metrics = self.program.train_step(self.state, self.batch)
         return float(metrics["loss"])
+
+
+def make_program(config: Config) -> Program:
+    """What trains a configuration's model."""
+    mesh = make_mesh(config.mesh)
+    return build_program(
+        build_model(config, mesh),
+        functools.partial(make_optimizer, config.optim),
+        learning_rate(config.optim, STEPS),
+        config,
+        mesh,
+    )
 
 
 def synthetic_batch(config: Config) -> Batch:

@@ -20,6 +20,7 @@ from jaxlm.nn.layers import (
     Embed,
     Norm,
     add_bias,
+    multiply,
     normalise,
     normalise_on_gpu,
 )
@@ -146,6 +147,25 @@ def test_dense_contracts_several_dimensions():
     kernel, bias = params["params"]["kernel"], params["params"]["bias"]
     expected = torch.tensordot(as_torch(x), as_torch(kernel), 2) + as_torch(bias)
     np.testing.assert_allclose(dense.apply(params, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("shape", "parts"), [((1, 1, 4, 6), 4), ((1, 1, 3, 3), 1)])
+def test_one_row_is_multiplied_by_parts_of_a_kernel_that_can_be_parted(shape, parts, dtype):
+    x = normal(*shape)
+    dense = Dense((6, 7), (None,) * 4, dtype, 0.0, 0.1, num_in=2)
+    params = with_params(dense, x)
+    kernel = params["params"]["kernel"]
+    expected = multiply(2, x.astype(dtype), kernel.astype(dtype)).astype(jnp.float32)
+    found = dense.apply(params, x)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, expected, atol=1e-2 if dtype == jnp.bfloat16 else 1e-5)
+    (product,) = (
+        e.params["dimension_numbers"][1]
+        for e in jax.make_jaxpr(dense.apply)(params, x).eqns
+        if e.primitive.name == "dot_general"
+    )
+    assert product == (((0,), (0,)) if parts > 1 else ((), ()))
 
 
 def test_embed_looks_up_rows_in_the_compute_type():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ ENCODER = 2**31  # in place of a layer's number: beyond all of a decoder's
 CROSS = 2**31 + 1  # the same for a layer's attention to a source
 PRODUCT = "product"
 """What rematerialisation knows a projection's output by: inside a gradient's rule it sees none."""
+
+ROW_PARTS = 4
+"""Of a kernel that a CPU multiplies one row by: 8 and 16 are as fast for large ones."""
 
 
 class Projection(nn.LogicallyPartitioned):
@@ -70,7 +74,10 @@ class Dense(nn.Module):
         return y
 
     def _multiply(self, x, kernel, num_in: int):
-        product = multiply_on_cpu if jax.default_backend() == "cpu" and _is_whole() else multiply
+        product = multiply
+        if jax.default_backend() == "cpu" and _is_whole():
+            one = all(isinstance(n, int) and n == 1 for n in x.shape[: x.ndim - num_in])
+            product = multiply_row if one else multiply_on_cpu
         y = product(num_in, x.astype(self.dtype), kernel.astype(self.dtype))
         return checkpoint_name(y, PRODUCT)
 
@@ -105,6 +112,22 @@ def multiply_on_cpu(num_in: int, x, kernel):
     with all that makes the slope: a feed-forward then takes half as long again.
     """
     return multiply(num_in, x, kernel)
+
+
+def multiply_row(num_in: int, x, kernel):
+    """As `multiply`, of one row: products with parts of the kernel are summed.
+
+    On a CPU a kernel [768, 2048] is read in seven tenths of the time.
+    """
+    out_shape, size = kernel.shape[num_in:], math.prod(kernel.shape[:num_in])
+    if size % ROW_PARTS:
+        return multiply(num_in, x, kernel)
+    x_p1i = x.reshape(ROW_PARTS, 1, -1)
+    kernel_pio = kernel.reshape(ROW_PARTS, size // ROW_PARTS, -1)
+    y_p1o = jax.lax.dot_general(
+        x_p1i, kernel_pio, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32
+    )
+    return y_p1o.sum(0).astype(x.dtype).reshape(*x.shape[: x.ndim - num_in], *out_shape)
 
 
 def _is_whole() -> bool:

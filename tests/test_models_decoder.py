@@ -15,6 +15,7 @@ from jaxlm.export import FAMILIES
 from jaxlm.export.table import shapes_of
 from jaxlm.losses import Objective, blocked_cross_entropy
 from jaxlm.model_config import ModelConfig
+from jaxlm.models import head
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.head import head_params
 from jaxlm.nn.attention import Places
@@ -227,6 +228,21 @@ def test_a_layer_starts_the_same_however_many_there_are():
 def test_only_an_untied_model_has_a_head():
     assert "head" not in params_of(tiny())
     assert params_of(tiny(tie_embeddings=False))["head"]["kernel"].shape == (16, 31)
+
+
+def test_a_tied_table_turned_for_the_loss_gives_the_same_numbers(monkeypatch):
+    config = tiny(scale_logits=True, logits_bias=True)
+    params, tokens = params_of(config), tokens_of(31, (2, 8))
+    assert "kernel" in head_params(config, params)["head"]
+
+    def numbers():
+        of_params = functools.partial(loss_and_logits.__wrapped__, config)
+        return jax.value_and_grad(of_params, has_aux=True)(params, tokens)
+
+    turned = numbers()
+    monkeypatch.setattr(head, "is_whole", lambda: False)
+    assert "kernel" not in head_params(config, params)["head"]
+    jax.tree.map(assert_close, turned, numbers())
 
 
 def test_a_decoder_needs_a_vocabulary():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm.model_config import ModelConfig
-from jaxlm.nn.layers import Dense, gaussian
+from jaxlm.nn.layers import Dense, gaussian, is_whole
 from jaxlm.sharding import constrain, with_axes
 
 VOCABULARY_HEAD, LABEL_HEAD = HEADS = "head", "classifier"
@@ -17,7 +17,10 @@ POOLER = "dense"
 
 
 class VocabularyHead(nn.Module):
-    """Logits [B, T, V], float32; `kernel` unless embeddings are tied, `bias` where asked for."""
+    """Logits [B, T, V], float32; `bias` where asked for, `kernel` unless embeddings are tied.
+
+    If they are, it may be given the table's transpose for a kernel (`head_params`).
+    """
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -25,9 +28,9 @@ class VocabularyHead(nn.Module):
     @nn.compact
     def __call__(self, hidden_btd, table_vd):
         c = self.config
-        if c.tie_embeddings:
-            if c.scale_logits:
-                hidden_btd = hidden_btd * jnp.asarray(c.d_model**-0.5, hidden_btd.dtype)
+        if c.tie_embeddings and c.scale_logits:
+            hidden_btd = hidden_btd * jnp.asarray(c.d_model**-0.5, hidden_btd.dtype)
+        if c.tie_embeddings and not self.has_variable("params", "kernel"):
             matrix, subscripts = table_vd, "btd,vd->btv"
         else:
             init = with_axes(gaussian(c.init_mean, c.init_std), ("embed", "vocab"))
@@ -102,11 +105,19 @@ def _product(subscripts: str, x, y):
 
 
 def head_params(config: ModelConfig, params: dict) -> dict:
-    """Those of a model's parameters that `head_logits` reads."""
+    """Those of a model's parameters that `head_logits` reads, as a loss wants them, block by block.
+
+    For a CPU a tied table [V, D] is turned once: its gradient would turn each block's slopes.
+    """
     if config.labels is not None:
         return {LABEL_HEAD: params[LABEL_HEAD]}
-    names = (VOCABULARY_HEAD, *(("embed",) if config.tie_embeddings else ()))
-    return {name: params[name] for name in names if name in params}
+    head = params.get(VOCABULARY_HEAD, {})
+    if not config.tie_embeddings:
+        return {VOCABULARY_HEAD: head}
+    if jax.default_backend() == "cpu" and is_whole():
+        turned = jax.lax.optimization_barrier(params["embed"]["embedding"].T)
+        return {VOCABULARY_HEAD: head | {"kernel": turned}}
+    return {VOCABULARY_HEAD: head, "embed": params["embed"]}
 
 
 def init_head(config: ModelConfig, dtype, key, embedding) -> dict:
@@ -124,7 +135,7 @@ def head_logits(config: ModelConfig, dtype, params, hidden_btd):
     """Logits, float32, of hidden states [B, T, D]: of labels, or else of the vocabulary."""
     if config.labels is not None:
         return LabelHead(config, dtype).apply({"params": params[LABEL_HEAD]}, hidden_btd)
-    table_vd = params["embed"]["embedding"] if config.tie_embeddings else None
+    table_vd = params["embed"]["embedding"] if "embed" in params else None
     return VocabularyHead(config, dtype).apply(
         {"params": params.get(VOCABULARY_HEAD, {})}, hidden_btd, table_vd
     )

@@ -75,7 +75,7 @@ class Dense(nn.Module):
 
     def _multiply(self, x, kernel, num_in: int):
         product = multiply
-        if jax.default_backend() == "cpu" and _is_whole():
+        if jax.default_backend() == "cpu" and is_whole():
             one = all(isinstance(n, int) and n == 1 for n in x.shape[: x.ndim - num_in])
             product = multiply_row if one else multiply_on_cpu
         y = product(num_in, x.astype(self.dtype), kernel.astype(self.dtype))
@@ -130,7 +130,7 @@ def multiply_row(num_in: int, x, kernel):
     return y_p1o.sum(0).astype(x.dtype).reshape(*x.shape[: x.ndim - num_in], *out_shape)
 
 
-def _is_whole() -> bool:
+def is_whole() -> bool:
     """Whether a device has all of a product.
 
     Where devices share them, XLA's CPU devices in several processes did not always come to the

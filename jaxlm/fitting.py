@@ -101,5 +101,6 @@ def _sample(
         (tokenizer.bos_id,),
         step_folder(run, STEP),
     )
-    made = generate(model, prompt, config.train.sample_tokens, temperature=0.8, seed=config.seed)
+    options = {"temperature": 0.8, "seed": config.seed, "say": lambda line: None}
+    made = generate(model, prompt, config.train.sample_tokens, **options)
     say(f"  sample: {prompt + made!r}")

@@ -32,8 +32,8 @@ def main(argv: list[str]) -> None:
     _check_options(asked, chats)
     model = load(*places, step=step)
     _check_model(model, chats, settings)
-    if "max_new_tokens" in settings:  # else fewer are no surprise
-        settings["say"] = _say
+    # Fewer tokens than nobody asked for are no surprise.
+    settings["say"] = _say if "max_new_tokens" in settings else _say_nothing
     if asked["prompts"] is not None:
         _answer_file(model, Path(asked["prompts"]), asked["out"], settings)
         return
@@ -140,6 +140,10 @@ class _Chat:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def _pieces(model: LanguageModel, prompt, settings: dict) -> Iterator[str]:

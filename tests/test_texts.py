@@ -141,6 +141,25 @@ def test_what_does_not_fit_the_model_is_said_once():
 @pytest.mark.parametrize(
     ("task", "call", "words"),
     [
+        ("language_modelling", lambda m: generate(m, "fox"), "max_new_tokens=128 is more"),
+        ("translation", lambda m: translate(m, "a", "de", max_new_tokens=99), "max_new_tokens=99"),
+        ("classification", lambda m: classify(m, "dog " * 200), "1 of 1 text cut to 64 tokens"),
+    ],
+)
+def test_what_is_cut_short_warns_the_caller(task, call, words):
+    with pytest.warns(UserWarning, match=words) as warned:
+        call(loaded(task))
+    assert [one.filename for one in warned] == [__file__]
+
+
+def test_as_many_tokens_as_fit_warn_nobody(recwarn):
+    translate(loaded("translation"), "a", "de")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("task", "call", "words"),
+    [
         ("translation", lambda m: translate(m, "a", "ed"), "'de', 'fr'"),
         ("translation", lambda m: translate(m, "a"), "choose one by target="),
         ("translation", lambda m: translate(m, "fox " * 90, "de"), "source text 0 has"),

@@ -31,7 +31,7 @@ from jaxlm.monitor import Display, Meter, MetricsLog, NoLog
 from jaxlm.optim import learning_rate, make_optimizer
 from jaxlm.processes import Group, find_launch, hush_gloo, joined
 from jaxlm.profiling import Profile
-from jaxlm.run_folder import check_unchanged, claimed, with_found
+from jaxlm.run_folder import claim_together, held, is_done, with_found
 from jaxlm.step import TrainState, build_model, build_program, micro_batches
 from jaxlm.tasks.batch import Batch
 from jaxlm.tasks.build import make_form
@@ -70,10 +70,14 @@ def _train(config: Config, group: Group, profiled: range) -> int:
     if group.count > 1 and mesh.devices.flat[0].platform == "cpu":
         hush_gloo()
     group.check_same({k: v for k, v in flatten(config).items() if k not in MAY_DIFFER})
-    group.from_first(lambda: check_unchanged(Path(config.out), config))
-    prepared = prepare_together(group, config.data, config.tokenizer, say, make_form(config))
-    config = with_found(config, prepared)
-    with claimed(Path(config.out), config, prepared, group):
+    run = Path(config.out)
+    # Preparing the data may take hours: what is wrong with the folder is said before.
+    with held(run, config, group):
+        if is_done(run, config.train.steps, group, say):
+            return 0
+        prepared = prepare_together(group, config.data, config.tokenizer, say, make_form(config))
+        config = with_found(config, prepared)
+        claim_together(run, config, prepared, group)
         trainer = Trainer(config, mesh, prepared, group, profiled, say)
         with trainer:
             return trainer.run()
@@ -156,12 +160,6 @@ class Trainer:
     def run(self) -> int:
         """Train to the last step, or until told to stop; returns the exit code."""
         total, every = self.config.train.steps, self.config.log.every_steps
-        if self.step >= total:
-            self.display.line(
-                f"{self.run_folder} is already at step {self.step} of {total}: raise train.steps "
-                "to train on"
-            )
-            return 0
         self._announce()
         self.last_save = time.monotonic()
         self.stop.begin(self.step)
@@ -267,11 +265,6 @@ class Trainer:
         step = self.group.from_first(lambda: latest_sound(self.run_folder, say), math.inf)
         if step is None:
             return None
-        if step > self.config.train.steps:
-            raise UserError(
-                f"{self.run_folder} is at step {step}, past train.steps={self.config.train.steps}: "
-                f"set train.steps to {step} or more"
-            )
         saved, folder = self.program.saved, step_folder(self.run_folder, step)
         state = saved.to_stored(restore_state(folder, saved.exact))
         if self.config.lora is None:

@@ -219,6 +219,32 @@ def test_two_trainers_cannot_share_a_folder(arguments, tmp_path):
         train.main(arguments())
 
 
+def test_the_folder_is_looked_at_before_the_data(arguments, trained_run, tmp_path, capsys):
+    from jaxlm.run_folder import locked
+
+    nowhere = tmp_path / "nowhere"
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training"):
+        train.main(arguments(data__train=nowhere))
+    with pytest.raises(UserError, match="cannot be made"):
+        train.main(arguments(data__train=nowhere, out=trained_run / "config.yaml" / "run"))
+    shutil.copytree(trained_run, tmp_path / "run", dirs_exist_ok=True)
+    config = tmp_path / "run" / "config.yaml"
+    train_from = next(a for a in arguments() if a.startswith("--data.train=")).partition("=")[2]
+    config.write_text(config.read_text().replace(train_from, str(nowhere)))
+    assert train.main(arguments(data__train=nowhere)) == 0
+    assert "already at step 60 of 60" in capsys.readouterr().out
+
+
+def test_an_interrupted_beginning_leaves_nothing_behind(arguments, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "prepare_together", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_the_machines_do_not_share_is_one_sentence(tmp_path, monkeypatch):
     from jaxlm import run_folder
 
@@ -228,12 +254,10 @@ def test_a_folder_that_the_machines_do_not_share_is_one_sentence(tmp_path, monke
 
     monkeypatch.setattr(run_folder, "SHARED_SECONDS", 1)
     (tmp_path / "config.yaml").write_text("from another time")
-    claimed = run_folder.claimed(tmp_path, None, None, Second())
-    with pytest.raises(UserError, match="is not the one that process 0 writes to"), claimed:
-        pass
+    with pytest.raises(UserError, match="is not the one that process 0 writes to"):
+        run_folder.claim_together(tmp_path, None, None, Second())
     (tmp_path / "config.yaml").write_text("what process 0 wrote")
-    with run_folder.claimed(tmp_path, None, None, Second()):
-        pass
+    run_folder.claim_together(tmp_path, None, None, Second())
 
 
 def test_the_exit_code_of_a_mistake_is_two():

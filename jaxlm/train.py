@@ -14,8 +14,8 @@ import jax
 
 from jaxlm import processes, profiling
 from jaxlm.base import BASE, Base, find_base, read_base
-from jaxlm.checkpoint import Checkpoints, latest_sound, restore_state, step_folder
-from jaxlm.cli import EXIT_PREEMPTED, dump_config, flatten, parse_config, run_command
+from jaxlm.checkpoint import CONFIG, Checkpoints, latest_sound, restore_state, step_folder
+from jaxlm.cli import EXIT_PREEMPTED, dump_config, flatten, parse_config, read_config, run_command
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared, prepare_together
 from jaxlm.errors import UserError
@@ -28,7 +28,7 @@ from jaxlm.mesh import batch_shards, enable_compilation_cache, make_mesh
 from jaxlm.misfit import check_fits
 from jaxlm.models import lora
 from jaxlm.monitor import Display, Meter, MetricsLog, NoLog
-from jaxlm.optim import learning_rate, make_optimizer
+from jaxlm.optim import learning_rate, make_optimizer, stretched
 from jaxlm.processes import Group, find_launch, hush_gloo, joined
 from jaxlm.profiling import Profile
 from jaxlm.run_folder import claim_together, held, is_done, with_found
@@ -266,6 +266,9 @@ class Trainer:
         if step is None:
             return None
         saved, folder = self.program.saved, step_folder(self.run_folder, step)
+        before, total = read_config(folder / CONFIG).train.steps, self.config.train.steps
+        if total != before and (line := stretched(self.config.optim, before, total, step)):
+            say(line)
         state = saved.to_stored(restore_state(folder, saved.exact))
         if self.config.lora is None:
             return state

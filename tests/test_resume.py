@@ -188,6 +188,7 @@ def test_more_steps_continue_a_finished_run(home, reference):
     shutil.copytree(reference, home / "longer")
     output = finish(start(home, "longer", **{"train.steps": STEPS + 2}))
     assert f"continuing at step {STEPS}" in output
+    assert f"train.steps was {STEPS} and is {STEPS + 2}: " in output
     assert metrics(home / "longer")[-1]["step"] == STEPS + 2
     saved = (step_folder(home / "longer", STEPS + 2) / "metrics.json").read_text()
     assert json.loads(saved)["valid_loss"] == metrics(home / "longer")[-1]["valid_loss"]

@@ -64,6 +64,14 @@ LLAMA = SMALL | {"num_kv_heads": 2, "tie_embeddings": False, "dtype": "float32"}
 GPT2 = SMALL | {"preset": "gpt2-tiny", "num_kv_heads": None, "dtype": "bfloat16"}
 
 
+def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_finds_gpu", lambda environment=None: False)
+    for name in ("train", "all"):
+        with pytest.raises(UserError, match="--on=gpu: JAX finds no GPU here; use --on=cpu"):
+            bench.main([name, "--on=gpu", f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
 def workloads(**models):
     train_ = {"batch_size": 2, "loss_block": 8}
     settings = {name: {"model": model, "train": train_} for name, model in models.items()}

@@ -353,8 +353,8 @@ class Trainer:
                 self.display.close()
                 os._exit(130)
             self.stop.tell(number)
-            name = signal.Signals(number).name
-            self.display.line(f"{name}: saving after this step; Ctrl-C again leaves at once")
+            again = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ", then leaving"
+            self.display.line(f"{signal.Signals(number).name}: saving after this step{again}")
 
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         before = [signal.signal(number, stop) for number in numbers]

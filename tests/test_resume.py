@@ -138,6 +138,7 @@ def test_told_to_stop_it_saves_and_continues(home, reference):
         process.send_signal(number)
         output = finish(process, code=75)
         assert f"stopped by {number.name}" in output
+        assert ("Ctrl-C again" in output) == (number == signal.SIGINT)
     finish(start(home, "stopped"))
     assert_same_run(run, reference)
 

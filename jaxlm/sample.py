@@ -206,6 +206,8 @@ def _requests(file: Path, keys: Sequence[str]) -> Iterator[dict]:
         raise UserError(f"cannot read --prompts={file}: {error.strerror}") from error
     except UnicodeDecodeError:
         raise UserError(f"--prompts={file} is not UTF-8: convert it first") from None
+    if lines == [""]:
+        raise UserError(f"--prompts={file} has no prompts, it is empty: write one a line")
     for number, line in enumerate(lines, 1):
         if file.suffix != ".jsonl":
             if not line:

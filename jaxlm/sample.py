@@ -21,6 +21,9 @@ from jaxlm.texts import classify, generate, translate
 # What `translate` takes; with any other setting a translation is sampled instead.
 SEARCH = {"max_new_tokens", "num_beams", "length_penalty", "target", "say"}
 
+# The tasks whose models go on with a text.
+CONTINUES = "language_modelling", "instruction"
+
 
 def main(argv: list[str]) -> None:
     """Answer the prompt, standard input, every prompt of a file, or each line typed."""
@@ -37,6 +40,9 @@ def main(argv: list[str]) -> None:
     if asked["prompts"] is not None:
         _answer_file(model, Path(asked["prompts"]), asked["out"], settings)
         return
+    continues = not chats and model.config.task in CONTINUES
+    if continues and model.tokenizer.chat_template:
+        _say("the model has a chat template: this continues the text, --chat answers it")
     say = _Chat(model, asked["system"], settings) if chats else _Answer(model, settings)
     if asked["prompt"] is not None:
         say(_standard_input() if asked["prompt"] == "-" else asked["prompt"])
@@ -112,7 +118,7 @@ class _Answer:
 
     def __call__(self, prompt: str) -> None:
         task = self._model.config.task
-        if task in ("language_modelling", "instruction"):
+        if task in CONTINUES:
             pieces = _pieces(self._model, prompt, self._settings)
             print(prompt, end="", flush=True)
             _print(pieces)

@@ -94,6 +94,8 @@ def test_a_classifier_prints_label_and_probabilities(run_of):
             ["max_new_tokens=500 is more than fits"],
         ),
         ("language_modelling", ["--prompt=fox"], []),
+        ("instruction", ["--prompt=fox"], ["this continues the text, --chat answers it"]),
+        ("instruction", ["--prompt=fox", "--chat"], []),
         ("classification", [f"--prompt={'fox ' * 99}"], ["1 of 1 text cut to 64 tokens"]),
     ],
 )

@@ -124,33 +124,38 @@ def translate(
     model: LanguageModel | str | Path,
     texts: str | Sequence[str],
     target: str | None = None,
-    num_beams: int = 4,
+    num_beams: int | None = None,
     length_penalty: float = 0.6,
     max_new_tokens: int | None = None,
     early_stopping: bool | Literal["never"] = False,
     mesh: str | Mesh | None = None,
     say: Callable[[str], None] = _warn,
+    **settings,
 ):
-    """Translate texts by beam search; a string gives a string, a list a list.
+    """Translate texts by a search with four beams; a string gives a string, a list a list.
 
     `target` is the language to translate into, such as "de", for a model that was trained with
     several. `num_beams=1` is greedy, and reads neither of the other settings of `beam.Beams`.
+    `settings` are others of `generate`: beside `temperature`, `stream` and whatever else a search
+    does not take, there is one beam, and `temperature` is 0 unless it is given.
     `max_new_tokens` None is as many as fit the model's `max_seq_len`; `say` gets a line where more
     are asked for, a UserWarning by default. Raises UserError for a language the model was not told
     of and for a model of another task.
     """
     model = _as_model(model, mesh)
     _check_task(model, "translate", "translation")
+    if num_beams is None:
+        num_beams = 4 if settings.keys() <= {"stop", "num_samples"} else 1
     search = {"length_penalty": length_penalty, "early_stopping": early_stopping}
     return generate(
         model,
         _as_list(texts, "texts")[0] if not isinstance(texts, str) else texts,
         max_new_tokens=model.config.model.max_seq_len if max_new_tokens is None else max_new_tokens,
-        temperature=0,
         target=target,
         num_beams=num_beams,
         **({} if num_beams == 1 else search),
         say=_say_nothing if max_new_tokens is None else say,
+        **{"temperature": 0} | settings,
     )
 
 

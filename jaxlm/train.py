@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
     config, arguments = parse_config(
         argv,
         command="jaxlm.train",
-        description="Train a language model. The same command again continues the run.",
+        description="Train a model for a --task: to go on with texts, to answer, to translate or "
+        "to classify. The same command again continues the run.",
         add_arguments=add_arguments,
         read_start=starting_point,
     )

@@ -21,6 +21,7 @@ from jaxlm.errors import NonFiniteError, UserError
 from jaxlm.monitor import read_metrics
 from jaxlm.processes import Group
 from jaxlm.tasks.batch import Batch
+from jaxlm.tasks.translation import ReferencePair
 from jaxlm.validation import MaskedValidation, TranslationValidation, opening
 
 
@@ -68,13 +69,28 @@ def test_a_sample_begins_as_the_text_does_whose_continuation_is_known():
 
 
 @pytest.mark.parametrize(
-    ("names", "target"), [((), ""), (("de",), ""), (("de", "fr"), "--target=de ")]
+    ("names", "target"), [((), ""), (("de",), ""), (("de", "fr"), "--target=fr ")]
 )
-def test_the_command_to_try_chooses_a_language_where_there_are_several(names, target):
+def test_the_command_to_try_is_a_short_validation_text_and_its_language(names, target):
+    language = names[-1] if names else None
+    pairs = [
+        ReferencePair(text, "", language) for text in ("a longer text", "it's short", "a text.")
+    ]
     form = types.SimpleNamespace(names=names)
-    validation = types.SimpleNamespace(_prepared=types.SimpleNamespace(form=form))
+    validation = types.SimpleNamespace(
+        _prepared=types.SimpleNamespace(form=form),
+        _pairs=pairs,
+        _tokenizer=types.SimpleNamespace(decode=str),
+    )
     command = TranslationValidation.suggestion(validation, "runs/x")
-    assert command == f"python -m jaxlm.sample runs/x {target}--prompt='Save the file.'"
+    assert command == f"python -m jaxlm.sample runs/x {target}--prompt='a text.'"
+
+
+def test_help_names_what_a_model_is_trained_for(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "to go on with texts, to answer, to translate or to classify." in shown
 
 
 def test_the_command_after_reading_has_what_fine_tuning_needs(monkeypatch, tmp_path):

@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     names = parser.add_subparsers(dest="benchmark", required=True, parser_class=OneSentenceParser)
-    helps = {name: text for name, (_, text) in BENCHMARKS.items()} | {"all": ", ".join(ALL)}
+    helps = {name: text for name, (_, text) in BENCHMARKS.items()} | {
+        "all": f"{', '.join(ALL)}: what needs no pairs of texts"
+    }
     for name, text in helps.items():
         one = names.add_parser(name, help=text, allow_abbrev=False)
         if name in ("train", "decode", "checkpoint", "all"):

@@ -242,7 +242,14 @@ def _translation(
     counts = {"texts": len(pairs)}
     if request.limit is None:  # else it is not known of so many
         counts["left_out"] = sum(file.num_dropped for file in prepared.valid)
-    return figures | metrics | {"signatures": signatures} | counts
+    return figures | metrics | {"signatures": signatures} | counts | _skipped(prepared, request)
+
+
+def _skipped(prepared: Prepared, request: Request) -> Figures:
+    """How many records are left out as bad, where that is known."""
+    if request.limit is not None:
+        return {}
+    return {"skipped": sum(file.num_skipped for file in prepared.valid)}
 
 
 def _classification(
@@ -255,6 +262,7 @@ def _classification(
         "texts": int(sums.confusion.sum()),
         "labels": {label: dict(zip(names, row, strict=True)) for label, row in scores},
         "confusion": sums.confusion.astype(int).tolist(),
+        **_skipped(prepared, request),
     }
 
 

@@ -174,6 +174,7 @@ def test_what_cannot_be_is_one_sentence(arguments, trained_run, corpus, tmp_path
         "less than the tokenizer's 320": {"model__vocab_size": 310},
         "layers/attention": {"init_from": trained_run, "model__d_ff": 128, "model__num_layers": 3},
         "cannot be made": {"out": corpus / "000.txt" / "run"},
+        "data.text_field='body' has no effect, because plain": {"data__text_field": "body"},
         "no such file or folder": {"data__train": tmp_path / "nowhere"},
         "leaves no room": {"train__sample_prompt": "a b c d e f g h i j " * 10},
         "pip install 'jaxlm[wandb]'": {"log__wandb_project": "p"},

@@ -148,11 +148,27 @@ def _check_tokenizer(config: Config, prepared: Prepared) -> None:
     start = Path(config.init_from)
     theirs = load_tokenizer(start if is_model_folder(start) else find_step(start))
     if theirs.fingerprint != prepared.tokenizer.fingerprint:
-        raise UserError(
-            f"init_from={config.init_from} was trained with another tokenizer than that of "
-            f"tokenizer.kind={config.tokenizer.kind}: leave out what says which tokenizer, also "
-            "in --config, to have its own"
-        )
+        raise _another_tokenizer(config)
+
+
+def _check_learnt(config: Config) -> None:
+    """Raise UserError where a tokenizer would be learnt that cannot be that of `init_from`."""
+    if config.init_from is None or config.tokenizer.kind == "file":
+        return
+    start = Path(config.init_from)
+    if not is_model_folder(start):
+        theirs = read_config(start / CONFIG).tokenizer
+        if theirs.without_dropout() == config.tokenizer.without_dropout():
+            return  # of the same texts it is the same
+    raise _another_tokenizer(config)
+
+
+def _another_tokenizer(config: Config) -> UserError:
+    return UserError(
+        f"init_from={config.init_from} was trained with another tokenizer than that of "
+        f"tokenizer.kind={config.tokenizer.kind}: leave out what says which tokenizer, also "
+        "in --config, to have its own"
+    )
 
 
 def check_unchanged(run: Path, config: Config) -> None:
@@ -192,6 +208,8 @@ def held(run: Path, config: Config, group: Group):
         def lock_and_look():
             stack.enter_context(locked(run))
             check_unchanged(run, config)
+            if not _has_begun(run):
+                _check_learnt(config)
 
         group.from_first(lock_and_look)
         yield

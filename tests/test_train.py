@@ -252,6 +252,15 @@ def test_the_folder_is_looked_at_before_the_data(arguments, trained_run, tmp_pat
     assert "already at step 60 of 60" in capsys.readouterr().out
 
 
+def test_a_tokenizer_that_cannot_be_the_models_is_not_learnt(arguments, trained_run, tmp_path):
+    changes = {"init_from": trained_run, "data__train": tmp_path / "nowhere"}
+    with pytest.raises(UserError, match="was trained with another tokenizer"):
+        train.main(arguments(tokenizer__vocab_size=310, **changes))
+    # With the same settings it might be the same.
+    with pytest.raises(UserError, match="no such file or folder"):
+        train.main(arguments(**changes))
+
+
 def test_an_interrupted_beginning_leaves_nothing_behind(arguments, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

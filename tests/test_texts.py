@@ -68,7 +68,6 @@ def test_a_translation_reads_its_source_and_tag():
     assert len(set(greedy)) == 3
 
 
-@pytest.mark.slow
 def test_a_translation_is_sampled_or_streamed_where_that_is_asked_for():
     model, few = loaded("translation"), {"max_new_tokens": 8}
     sampled = {"temperature": 0.9, "top_k": 20, "seed": 3} | few
@@ -80,6 +79,7 @@ def test_a_translation_is_sampled_or_streamed_where_that_is_asked_for():
     assert translate(model, SOURCES, "fr", stop="\0", **few) == beams
 
 
+@pytest.mark.slow
 def test_a_translation_is_the_same_on_a_mesh():
     one = translate(loaded("translation"), SOURCES, "de", max_new_tokens=8)
     assert translate(loaded("translation", "dp4,tp2"), SOURCES, "de", max_new_tokens=8) == one

@@ -252,6 +252,14 @@ def test_the_folder_is_looked_at_before_the_data(arguments, trained_run, tmp_pat
     assert "already at step 60 of 60" in capsys.readouterr().out
 
 
+def test_a_damaged_last_step_is_said_once(arguments, trained_run, tmp_path, capsys):
+    shutil.copytree(trained_run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step_00000060" / "metrics.json").write_text("{}")
+    assert train.main(arguments()) == 0
+    said = capsys.readouterr().out
+    assert said.count("step_00000060 is damaged") == 1 and "continuing at step 30" in said
+
+
 def test_a_tokenizer_that_cannot_be_the_models_is_not_learnt(arguments, trained_run, tmp_path):
     changes = {"init_from": trained_run, "data__train": tmp_path / "nowhere"}
     with pytest.raises(UserError, match="was trained with another tokenizer"):

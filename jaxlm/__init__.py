@@ -3,7 +3,7 @@
 import jaxlm
 
 model = jaxlm.load("runs/default")
-print(jaxlm.generate(model, "def ", max_new_tokens=64, temperature=0.8))
+print(jaxlm.generate(model, "def main(", max_new_tokens=64, temperature=0.8))
 print(jaxlm.score(model, "import numpy as np").logprob)
 """
 

@@ -15,6 +15,7 @@ from jaxlm.values import Count, Fraction, Names, Natural, PathText, Text, Weight
 
 # Fields of a tokenizer that do not say which one it is.
 DROPOUT = "dropout", "dropout_cuts"
+LEAST_VOCABULARY = 300
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -86,8 +87,8 @@ class TokenizerConfig:
 
     kind: Literal["bpe", "unigram", "file"] = "bpe"
     """Train SentencePiece BPE (byte fallback) or unigram on the training text, or load a file."""
-    vocab_size: Annotated[int, Field(ge=300)] = 4096
-    """Tokens to learn."""
+    vocab_size: Annotated[int, Field(ge=LEAST_VOCABULARY)] = 4096
+    """Tokens to learn, 300 at least: 256 of them are bytes."""
     path: PathText | None = None
     """kind=file: a SentencePiece .model, a Hugging Face tokenizer.json, or a folder with one."""
     training_mb: Count = 8

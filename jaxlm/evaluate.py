@@ -83,6 +83,7 @@ def _translations(name: str, figures: Figures, baseline: str | None) -> str:
     count = f"{figures['texts']:,} texts"
     if figures.get("left_out"):
         count += f"; {figures['left_out']:,} are longer than the run's rows and left out"
+    count += _skipped(figures)
     return "\n".join([_table(rows), count, *lines, "", _losses(name, figures, None)])
 
 
@@ -91,7 +92,12 @@ def _labels(name: str, figures: Figures, baseline: str | None) -> str:
     parts = [f"{text} {figures[f'valid_{key}']:.4f}" for key, text in shown.items()]
     line = ", ".join([*parts, f"loss {figures['valid_loss']:.4f} nats/text"])
     table = confusion_table(np.array(figures["confusion"]), list(figures["labels"]))
-    return f"{name}: {line}\n{figures['texts']:,} texts\n\n{table}"
+    return f"{name}: {line}\n{figures['texts']:,} texts{_skipped(figures)}\n\n{table}"
+
+
+def _skipped(figures: Figures) -> str:
+    skipped = figures.get("skipped")
+    return f"; {skipped:,} skipped as empty, null or invalid UTF-8" if skipped else ""
 
 
 def _masked(name: str, figures: Figures, baseline: str | None) -> str:

@@ -24,7 +24,7 @@ from jaxlm.placement import place
 from jaxlm.sampling import Sampling
 from jaxlm.sharding import batch_sharding
 from jaxlm.step import eval_step, on_mesh
-from jaxlm.tasks.build import batch_maker, make_form
+from jaxlm.tasks.build import batch_maker, check_text_field, make_form
 from jaxlm.tasks.labels import label_metrics, label_scores
 from jaxlm.tasks.language_modelling import compressed_bits, loss_metrics
 from jaxlm.tasks.metrics import translation_metrics
@@ -123,7 +123,10 @@ def _prepare(model: LanguageModel, config: Config, request: Request, report: Rep
         weights=None,
         **_languages(model, config, request) | request.columns,
     )
-    form = make_form(dataclasses.replace(config, data=data))
+    config = dataclasses.replace(config, data=data)
+    if "text_field" in request.columns:  # else it is of the texts of the model's run
+        check_text_field(config)
+    form = make_form(config)
     if config.task == "classification":
         form = dataclasses.replace(form, ends=(model.prefix, model.suffix))
     return prepare(data, TokenizerConfig(kind="file", path=str(model.source)), report, form)
@@ -242,7 +245,14 @@ def _translation(
     counts = {"texts": len(pairs)}
     if request.limit is None:  # else it is not known of so many
         counts["left_out"] = sum(file.num_dropped for file in prepared.valid)
-    return figures | metrics | {"signatures": signatures} | counts
+    return figures | metrics | {"signatures": signatures} | counts | _skipped(prepared, request)
+
+
+def _skipped(prepared: Prepared, request: Request) -> Figures:
+    """How many records are left out as bad, where that is known."""
+    if request.limit is not None:
+        return {}
+    return {"skipped": sum(file.num_skipped for file in prepared.valid)}
 
 
 def _classification(
@@ -255,6 +265,7 @@ def _classification(
         "texts": int(sums.confusion.sum()),
         "labels": {label: dict(zip(names, row, strict=True)) for label, row in scores},
         "confusion": sums.confusion.astype(int).tolist(),
+        **_skipped(prepared, request),
     }
 
 

@@ -15,7 +15,7 @@ from jaxlm.models.ngram import Ngram
 from jaxlm.models.ngram_fit import fit
 from jaxlm.monitor import MetricsLog
 from jaxlm.processes import Group
-from jaxlm.run_folder import claimed, with_found
+from jaxlm.run_folder import claim_together, held, with_found
 from jaxlm.tasks.language_modelling import compressed_bits, loss_metrics
 from jaxlm.texts import generate
 from jaxlm.validation import OPENING, prompt_option, sample_command
@@ -29,13 +29,14 @@ def fit_run(config: Config, group: Group, say: Callable[[str], None]) -> int:
         raise UserError(
             f"model.kind=ngram is counted by one process, but there are {group.count}: start one"
         )
-    prepared = prepare(config.data, config.tokenizer, say)
-    config = with_found(config, prepared)
     run = Path(config.out)
-    with claimed(run, config, prepared, group):
+    with held(run, config, group):
         if latest_sound(run, say) is not None:
             say(f"{run} is fitted already: give another --out to fit again")
             return 0
+        prepared = prepare(config.data, config.tokenizer, say)
+        config = with_found(config, prepared)
+        claim_together(run, config, prepared, group)
         _fit(config, prepared, run, say)
     return 0
 
@@ -101,5 +102,6 @@ def _sample(
         (tokenizer.bos_id,),
         step_folder(run, STEP),
     )
-    made = generate(model, prompt, config.train.sample_tokens, temperature=0.8, seed=config.seed)
+    options = {"temperature": 0.8, "seed": config.seed, "say": lambda line: None}
+    made = generate(model, prompt, config.train.sample_tokens, **options)
     say(f"  sample: {prompt + made!r}")

@@ -51,6 +51,22 @@ def learning_rate(config: OptimConfig, total_steps: int) -> Callable:
     return rate
 
 
+def stretched(config: OptimConfig, before: int, total: int, step: int) -> str | None:
+    """What to say where a run of `before` steps goes on after `step` as one of `total`.
+
+    None where the steps to come have the same learning rate as they would have had.
+    """
+    old, new = (learning_rate(config, steps) for steps in (before, total))
+    to_come = jnp.arange(step, max(before, total))
+    if bool(jnp.allclose(old(to_come), new(to_come), rtol=1e-5, atol=0.0)):
+        return None
+    return (
+        f"train.steps was {before} and is {total}: the {config.schedule} schedule is over {total} "
+        f"steps now, so the learning rate goes from {old(step - 1):.2e} at step {step} to "
+        f"{new(step):.2e} at step {step + 1}"
+    )
+
+
 def make_optimizer(config: OptimConfig, axes) -> optax.GradientTransformation:
     """Clipping and the optimiser for parameters whose logical axes are the leaves of `axes`."""
     optimizer = _optimizer(config, axes)

@@ -3,7 +3,7 @@
 from jaxlm.cli import parse_config, run_command
 from jaxlm.data.corpus import File, prepare
 from jaxlm.data.forms import counted
-from jaxlm.tasks.build import make_form
+from jaxlm.tasks.build import check_text_field, make_form
 
 
 def main(argv: list[str]) -> None:
@@ -14,6 +14,7 @@ def main(argv: list[str]) -> None:
         description="Train or load the tokenizer and write the token files of data.train and "
         "data.valid, which training then takes from the cache.",
     )
+    check_text_field(config)
     prepared = prepare(config.data, config.tokenizer, form=make_form(config))
     for name, files in (("train", prepared.train), ("valid", prepared.valid)):
         for file in files:

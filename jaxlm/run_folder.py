@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxlm.checkpoint import (
@@ -146,11 +148,27 @@ def _check_tokenizer(config: Config, prepared: Prepared) -> None:
     start = Path(config.init_from)
     theirs = load_tokenizer(start if is_model_folder(start) else find_step(start))
     if theirs.fingerprint != prepared.tokenizer.fingerprint:
-        raise UserError(
-            f"init_from={config.init_from} was trained with another tokenizer than that of "
-            f"tokenizer.kind={config.tokenizer.kind}: leave out what says which tokenizer, also "
-            "in --config, to have its own"
-        )
+        raise _another_tokenizer(config)
+
+
+def _check_learnt(config: Config) -> None:
+    """Raise UserError where a tokenizer would be learnt that cannot be that of `init_from`."""
+    if config.init_from is None or config.tokenizer.kind == "file":
+        return
+    start = Path(config.init_from)
+    if not is_model_folder(start):
+        theirs = read_config(start / CONFIG).tokenizer
+        if theirs.without_dropout() == config.tokenizer.without_dropout():
+            return  # of the same texts it is the same
+    raise _another_tokenizer(config)
+
+
+def _another_tokenizer(config: Config) -> UserError:
+    return UserError(
+        f"init_from={config.init_from} was trained with another tokenizer than that of "
+        f"tokenizer.kind={config.tokenizer.kind}: leave out what says which tokenizer, also "
+        "in --config, to have its own"
+    )
 
 
 def check_unchanged(run: Path, config: Config) -> None:
@@ -180,20 +198,49 @@ def check_unchanged(run: Path, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def claimed(run: Path, config: Config, prepared: Prepared, group: Group):
-    """The run folder, locked and claimed for a group of processes by its first.
+def held(run: Path, config: Config, group: Group):
+    """The run folder, locked for a group of processes by its first, which looks at it.
 
-    Raises UserError also in a process that does not see it.
+    Raises UserError where there is another run.
     """
     with contextlib.ExitStack() as stack:
 
-        def lock_and_claim():
+        def lock_and_look():
             stack.enter_context(locked(run))
-            claim(run, config, prepared)
-            return (run / CONFIG).read_text(encoding="utf-8")
+            check_unchanged(run, config)
+            if not _has_begun(run):
+                _check_learnt(config)
 
-        _check_shared(run, group.from_first(lock_and_claim))
+        group.from_first(lock_and_look)
         yield
+
+
+def is_done(run: Path, total: int, group: Group, say: Callable[[str], None]) -> bool:
+    """Whether a run is at its last step. Raises UserError where it is past that."""
+
+    def newest() -> int:
+        # The bytes of a run that goes on are looked at, and what is damaged said, in restoring it.
+        is_done = max(complete_steps(run), default=0) >= total
+        return (is_done and latest_sound(run, lambda line: None)) or 0
+
+    step = group.from_first(newest, math.inf)
+    if step > total:
+        raise UserError(
+            f"{run} is at step {step}, past train.steps={total}: set train.steps to {step} or more"
+        )
+    if step == total:
+        say(f"{run} is already at step {step} of {total}: raise train.steps to train on")
+    return step == total
+
+
+def claim_together(run: Path, config: Config, prepared: Prepared, group: Group) -> None:
+    """`claim` by the first of a group. Raises UserError also in a process that does not see it."""
+
+    def claim_first():
+        claim(run, config, prepared)
+        return (run / CONFIG).read_text(encoding="utf-8")
+
+    _check_shared(run, group.from_first(claim_first))
 
 
 def _check_shared(run: Path, config_text: str) -> None:
@@ -214,7 +261,7 @@ def _check_shared(run: Path, config_text: str) -> None:
 def locked(run: Path):
     """Make the run folder and keep other trainers out of it; the lock ends with the process.
 
-    A run that is refused before it has begun leaves nothing behind.
+    A run that is refused or interrupted before it has begun leaves nothing behind.
     """
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     kept = {*run.iterdir()} if run.is_dir() else set()
@@ -238,7 +285,7 @@ def locked(run: Path):
             ) from None
         try:
             yield
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             if not _has_begun(run):
                 _withdraw(run, kept, made)
             raise

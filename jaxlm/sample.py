@@ -21,6 +21,9 @@ from jaxlm.texts import classify, generate, translate
 # What `translate` takes; with any other setting a translation is sampled instead.
 SEARCH = {"max_new_tokens", "num_beams", "length_penalty", "target", "say"}
 
+# The tasks whose models go on with a text.
+CONTINUES = "language_modelling", "instruction"
+
 
 def main(argv: list[str]) -> None:
     """Answer the prompt, standard input, every prompt of a file, or each line typed."""
@@ -32,11 +35,14 @@ def main(argv: list[str]) -> None:
     _check_options(asked, chats)
     model = load(*places, step=step)
     _check_model(model, chats, settings)
-    if "max_new_tokens" in settings:  # else fewer are no surprise
-        settings["say"] = _say
+    # Fewer tokens than nobody asked for are no surprise.
+    settings["say"] = _say if "max_new_tokens" in settings else _say_nothing
     if asked["prompts"] is not None:
         _answer_file(model, Path(asked["prompts"]), asked["out"], settings)
         return
+    continues = not chats and model.config.task in CONTINUES
+    if continues and model.tokenizer.chat_template:
+        _say("the model has a chat template: this continues the text, --chat answers it")
     say = _Chat(model, asked["system"], settings) if chats else _Answer(model, settings)
     if asked["prompt"] is not None:
         say(_standard_input() if asked["prompt"] == "-" else asked["prompt"])
@@ -112,7 +118,7 @@ class _Answer:
 
     def __call__(self, prompt: str) -> None:
         task = self._model.config.task
-        if task in ("language_modelling", "instruction"):
+        if task in CONTINUES:
             pieces = _pieces(self._model, prompt, self._settings)
             print(prompt, end="", flush=True)
             _print(pieces)
@@ -140,6 +146,10 @@ class _Chat:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def _pieces(model: LanguageModel, prompt, settings: dict) -> Iterator[str]:
@@ -202,6 +212,8 @@ def _requests(file: Path, keys: Sequence[str]) -> Iterator[dict]:
         raise UserError(f"cannot read --prompts={file}: {error.strerror}") from error
     except UnicodeDecodeError:
         raise UserError(f"--prompts={file} is not UTF-8: convert it first") from None
+    if lines == [""]:
+        raise UserError(f"--prompts={file} has no prompts, it is empty: write one a line")
     for number, line in enumerate(lines, 1):
         if file.suffix != ".jsonl":
             if not line:

@@ -1,6 +1,8 @@
 """What a loaded model does with texts: `generate`, `translate`, `chat`, `score`, `classify`."""
 
 import dataclasses
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -46,6 +48,18 @@ class Classification:
     """Of every label; they sum to one."""
 
 
+def _warn(line: str) -> None:
+    """Warn who calls from outside jaxlm, at their line."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("jaxlm."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(line, stacklevel=level)
+
+
+def _say_nothing(line: str) -> None:
+    """Where a text that ends early is no surprise."""
+
+
 def generate(
     model: LanguageModel | str | Path,
     prompts: str | Conversation | Sequence[str] | Sequence[Conversation],
@@ -64,7 +78,7 @@ def generate(
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
     target: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = _warn,
 ):
     """Continue texts. A string gives a string, a list a list: the continuation alone.
 
@@ -75,8 +89,8 @@ def generate(
     `temperature=0` takes the likeliest token each time. `num_samples` above 1 gives a list for
     each prompt. `stop` ends a text before any of these strings. `stream=True` takes one prompt and
     gives an iterator of pieces of text, never half a character. A text also ends where the model
-    says so, after `max_new_tokens`, and at the model's `max_seq_len`; `say` gets a line where that
-    comes first, of the 128 tokens by default, too.
+    says so, after `max_new_tokens`, and at the model's `max_seq_len`. Where that comes first, of
+    the 128 tokens by default, too, `say` gets a line; by default that is a UserWarning.
 
     `num_beams` above 1 searches for likely texts instead of sampling; `length_penalty` and
     `early_stopping` are those of `beam.Beams`, and `num_samples` is how many of the best to give.
@@ -110,33 +124,38 @@ def translate(
     model: LanguageModel | str | Path,
     texts: str | Sequence[str],
     target: str | None = None,
-    num_beams: int = 4,
+    num_beams: int | None = None,
     length_penalty: float = 0.6,
     max_new_tokens: int | None = None,
     early_stopping: bool | Literal["never"] = False,
     mesh: str | Mesh | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = _warn,
+    **settings,
 ):
-    """Translate texts by beam search; a string gives a string, a list a list.
+    """Translate texts by a search with four beams; a string gives a string, a list a list.
 
     `target` is the language to translate into, such as "de", for a model that was trained with
     several. `num_beams=1` is greedy, and reads neither of the other settings of `beam.Beams`.
+    `settings` are others of `generate`: beside `temperature`, `stream` and whatever else a search
+    does not take, there is one beam, and `temperature` is 0 unless it is given.
     `max_new_tokens` None is as many as fit the model's `max_seq_len`; `say` gets a line where more
-    are asked for. Raises UserError for a language the model was not told of and for a model of
-    another task.
+    are asked for, a UserWarning by default. Raises UserError for a language the model was not told
+    of and for a model of another task.
     """
     model = _as_model(model, mesh)
     _check_task(model, "translate", "translation")
+    if num_beams is None:
+        num_beams = 4 if settings.keys() <= {"stop", "num_samples"} else 1
     search = {"length_penalty": length_penalty, "early_stopping": early_stopping}
     return generate(
         model,
         _as_list(texts, "texts")[0] if not isinstance(texts, str) else texts,
         max_new_tokens=model.config.model.max_seq_len if max_new_tokens is None else max_new_tokens,
-        temperature=0,
         target=target,
         num_beams=num_beams,
         **({} if num_beams == 1 else search),
-        **({} if max_new_tokens is None else {"say": say}),
+        say=_say_nothing if max_new_tokens is None else say,
+        **{"temperature": 0} | settings,
     )
 
 
@@ -188,12 +207,12 @@ def classify(
     model: LanguageModel | str | Path,
     texts: str | Sequence[str],
     mesh: str | Mesh | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = _warn,
 ):
     """The label of each text; a string gives a `Classification`, a list a list of them.
 
     A text longer than the rows the model was trained on is truncated, as it was in training; `say`
-    gets a line that counts them.
+    gets a line that counts them, a UserWarning by default.
     """
     texts, single = _as_list(texts, "texts")
     model = _as_model(model, mesh)

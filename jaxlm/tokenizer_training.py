@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import sentencepiece
 
-from jaxlm.data_config import TokenizerConfig
+from jaxlm.data_config import LEAST_VOCABULARY, TokenizerConfig
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import SPACE_MARK, SentencePieceTokenizer, Tokenizer
 
@@ -55,15 +55,25 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise _too_little_text(config.vocab_size, str(error)) from error
+        raise _no_such_size(config.vocab_size, str(error)) from error
     return SentencePieceTokenizer(out.getvalue())
 
 
-def _too_little_text(vocab_size: int, message: str) -> UserError:
+def _no_such_size(vocab_size: int, message: str) -> UserError:
+    """What SentencePiece's message means: the size is too small for special tokens, or too large
+    for the text."""
+    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return UserError(
+            f"tokenizer.vocab_size={vocab_size} is too small: {BYTE_PIECES} bytes, the text's most "
+            f"frequent characters and the task's special tokens are {needed[1]} already; set it to "
+            f"{int(needed[1]) + 1} or more"
+        )
     largest = re.search(r"value <= (\d+)", message)
     remedy = "give it more text"
     # 256 bytes, and the text's characters: what is just above them fails again.
-    if largest and int(largest[1]) > 320:
+    if largest and int(largest[1]) <= 320:
+        remedy += f" ({LEAST_VOCABULARY} tokens, of them {BYTE_PIECES} bytes, are the least)"
+    elif largest:
         remedy += f", set tokenizer.vocab_size to {largest[1]} or less"
     remedy += (
         ", or take a tokenizer that is there: by tokenizer.kind=file, or by init_from and no "

@@ -14,8 +14,8 @@ import jax
 
 from jaxlm import processes, profiling
 from jaxlm.base import BASE, Base, find_base, read_base
-from jaxlm.checkpoint import Checkpoints, latest_sound, restore_state, step_folder
-from jaxlm.cli import EXIT_PREEMPTED, dump_config, flatten, parse_config, run_command
+from jaxlm.checkpoint import CONFIG, Checkpoints, latest_sound, restore_state, step_folder
+from jaxlm.cli import EXIT_PREEMPTED, dump_config, flatten, parse_config, read_config, run_command
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared, prepare_together
 from jaxlm.errors import UserError
@@ -28,13 +28,13 @@ from jaxlm.mesh import batch_shards, enable_compilation_cache, make_mesh
 from jaxlm.misfit import check_fits
 from jaxlm.models import lora
 from jaxlm.monitor import Display, Meter, MetricsLog, NoLog
-from jaxlm.optim import learning_rate, make_optimizer
+from jaxlm.optim import learning_rate, make_optimizer, stretched
 from jaxlm.processes import Group, find_launch, hush_gloo, joined
 from jaxlm.profiling import Profile
-from jaxlm.run_folder import check_unchanged, claimed, with_found
+from jaxlm.run_folder import claim_together, held, is_done, with_found
 from jaxlm.step import TrainState, build_model, build_program, micro_batches
 from jaxlm.tasks.batch import Batch
-from jaxlm.tasks.build import make_form
+from jaxlm.tasks.build import check_text_field, make_form
 from jaxlm.validation import VALIDATIONS
 
 # Settings of the machine, which the processes of a run need not share.
@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
     config, arguments = parse_config(
         argv,
         command="jaxlm.train",
-        description="Train a language model. The same command again continues the run.",
+        description="Train a model for a --task: to go on with texts, to answer, to translate or "
+        "to classify. The same command again continues the run.",
         add_arguments=add_arguments,
         read_start=starting_point,
     )
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> int:
 
 def _train(config: Config, group: Group, profiled: range) -> int:
     say = _say if group.is_first else _say_nothing
+    check_text_field(config)
     if config.model.kind == "ngram":
         return fit_run(config, group, say)
     mesh = make_mesh(config.mesh, say, group.count)
@@ -70,10 +72,14 @@ def _train(config: Config, group: Group, profiled: range) -> int:
     if group.count > 1 and mesh.devices.flat[0].platform == "cpu":
         hush_gloo()
     group.check_same({k: v for k, v in flatten(config).items() if k not in MAY_DIFFER})
-    group.from_first(lambda: check_unchanged(Path(config.out), config))
-    prepared = prepare_together(group, config.data, config.tokenizer, say, make_form(config))
-    config = with_found(config, prepared)
-    with claimed(Path(config.out), config, prepared, group):
+    run = Path(config.out)
+    # Preparing the data may take hours: what is wrong with the folder is said before.
+    with held(run, config, group):
+        if is_done(run, config.train.steps, group, say):
+            return 0
+        prepared = prepare_together(group, config.data, config.tokenizer, say, make_form(config))
+        config = with_found(config, prepared)
+        claim_together(run, config, prepared, group)
         trainer = Trainer(config, mesh, prepared, group, profiled, say)
         with trainer:
             return trainer.run()
@@ -156,12 +162,6 @@ class Trainer:
     def run(self) -> int:
         """Train to the last step, or until told to stop; returns the exit code."""
         total, every = self.config.train.steps, self.config.log.every_steps
-        if self.step >= total:
-            self.display.line(
-                f"{self.run_folder} is already at step {self.step} of {total}: raise train.steps "
-                "to train on"
-            )
-            return 0
         self._announce()
         self.last_save = time.monotonic()
         self.stop.begin(self.step)
@@ -267,12 +267,10 @@ class Trainer:
         step = self.group.from_first(lambda: latest_sound(self.run_folder, say), math.inf)
         if step is None:
             return None
-        if step > self.config.train.steps:
-            raise UserError(
-                f"{self.run_folder} is at step {step}, past train.steps={self.config.train.steps}: "
-                f"set train.steps to {step} or more"
-            )
         saved, folder = self.program.saved, step_folder(self.run_folder, step)
+        before, total = read_config(folder / CONFIG).train.steps, self.config.train.steps
+        if total != before and (line := stretched(self.config.optim, before, total, step)):
+            say(line)
         state = saved.to_stored(restore_state(folder, saved.exact))
         if self.config.lora is None:
             return state
@@ -357,8 +355,8 @@ class Trainer:
                 self.display.close()
                 os._exit(130)
             self.stop.tell(number)
-            name = signal.Signals(number).name
-            self.display.line(f"{name}: saving after this step; Ctrl-C again leaves at once")
+            again = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ", then leaving"
+            self.display.line(f"{signal.Signals(number).name}: saving after this step{again}")
 
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         before = [signal.signal(number, stop) for number in numbers]

@@ -185,9 +185,14 @@ class TranslationValidation(Validation):
         self._pairs = reference_pairs(self._prepared, some) if some else []
 
     def suggestion(self, run_folder):
-        languages = self._prepared.form.names
-        target = f"--target={languages[0]} " if len(languages) > 1 else ""
-        return sample_command(run_folder, f"{target}--prompt='Save the file.'")
+        # A short text of those that the model is for.
+        pairs = self._pairs[:TEXTS_AT_ONCE] or reference_pairs(self._prepared, 1)
+        pair = min(pairs, key=lambda pair: len(pair.source))
+        several = len(self._prepared.form.names) > 1
+        prompt = prompt_option(self._tokenizer.decode(pair.source))
+        return sample_command(
+            run_folder, f"--target={pair.language} {prompt}" if several else prompt
+        )
 
     def run(self, params, moved):
         sums = self._sums(params, moved)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -62,6 +63,21 @@ SMALL = {"d_model": 32, "num_layers": 3, "num_heads": 4, "d_ff": 48, "vocab_size
 SMALL |= {"max_seq_len": 16}
 LLAMA = SMALL | {"num_kv_heads": 2, "tie_embeddings": False, "dtype": "float32"}
 GPT2 = SMALL | {"preset": "gpt2-tiny", "num_kv_heads": None, "dtype": "bfloat16"}
+
+
+def test_the_page_on_speed_begins_with_every_benchmark():
+    page = Path(__file__).parent.parent / "docs" / "speed.md"
+    commands = page.read_text(encoding="utf-8").split("```")[1]
+    named = re.findall(r"python -m jaxlm\.bench (\w+)", commands)
+    assert named == [*bench.ALL, "all", *(bench.BENCHMARKS.keys() - {*bench.ALL})]
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_finds_gpu", lambda environment=None: False)
+    for name in ("train", "all"):
+        with pytest.raises(UserError, match="--on=gpu: JAX finds no GPU here; use --on=cpu"):
+            bench.main([name, "--on=gpu", f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
 
 
 def workloads(**models):
@@ -139,6 +155,7 @@ def test_generated_tokens_are_those_of_transformers_and_all_are_timed(
         assert 0 < r["of_bandwidth"] < 1
         assert r["peak_bytes"] > 1e8
     shown = capsys.readouterr().out
+    assert "tiny: writing random weights\ntiny: comparing the greedy tokens of jaxlm, hf" in shown
     assert "tiny: 8 greedy tokens are the same on 3 sides" in shown
     assert "hf static" in shown
 

@@ -222,7 +222,8 @@ def test_an_empty_file_is_called_empty(run, tmp_path):
 def test_an_empty_corpus_says_why_before_the_tokenizer_is_learned(run, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff" * 9)
     for source, cause in (
-        (write(tmp_path / "empty.jsonl", ["", ""]), "all it has is empty"),
+        (write(tmp_path / "empty.jsonl", ["", ""]), "all it has is empty or white space"),
+        (write(tmp_path / "blank.jsonl", ["\n", " "]), "all it has is empty or white space"),
         (str(tmp_path / "bad.txt"), "1 skipped as invalid UTF-8"),
     ):
         with pytest.raises(UserError, match=rf"has no document with text left \({cause}"):

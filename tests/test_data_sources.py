@@ -40,6 +40,13 @@ def test_a_file_is_a_document(tmp_path):
     assert read(write(tmp_path / "a.txt", text)) == [text]
 
 
+def test_blank_texts_are_documents_only_beside_others(tmp_path):
+    blank, more = write(tmp_path / "a.txt", " \n\n"), write(tmp_path / "b.txt", "\t\n")
+    assert read(tmp_path) == read(blank) == []
+    text = write(tmp_path / "c.txt", "one")
+    assert read(tmp_path) == [path.read_text() for path in (blank, more, text)]
+
+
 def test_a_folder_is_read_recursively_and_sorted(tmp_path):
     for name in ("b/z.md", "b/a", "a.txt", ".hidden", ".git/config", "b/empty"):
         write(tmp_path / name, "" if name == "b/empty" else name)

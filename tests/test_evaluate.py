@@ -208,7 +208,9 @@ def test_translations_are_evaluated_as_they_were_validated(task_run, capsys):
 
 def test_columns_are_named_as_in_training(monkeypatch, tmp_path, capsys):
     stars = tmp_path / "stars.tsv"
-    stars.write_text("id\tstars\treview\n" + "1\tpositive\tfine\n2\tnegative\tawful\n" * 2)
+    stars.write_text(
+        "id\tstars\treview\n" + "1\tpositive\tfine\n2\tnegative\tawful\n" * 2 + "3\t\tso\n"
+    )
     model = loaded("classification")
     model.tokenizer.save(tmp_path)
     data = DataConfig(cache=str(tmp_path), label_column="sentiment")
@@ -220,6 +222,8 @@ def test_columns_are_named_as_in_training(monkeypatch, tmp_path, capsys):
     evaluate.main(["run", f"--data={stars}", "--json", *options])
     found = json.loads(capsys.readouterr().out)
     assert np.sum(found["confusion"], axis=1).tolist() == [2, 0, 2]
+    assert (found["texts"], found["skipped"]) == (4, 1)
+    assert "4 texts; 1 skipped as empty" in evaluate.report("run", found)
     with pytest.raises(UserError, match="'sentiment'"):
         evaluate.main(["run", f"--data={stars}", "--data.tsv_header=true"])
 

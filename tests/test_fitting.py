@@ -80,6 +80,12 @@ def test_a_fitted_run_stays_as_it_is(arguments, fitted_run, capsys):
         train.main(arguments(model__order=4))
 
 
+def test_a_folder_is_looked_at_before_it_has_data(arguments, fitted_run, tmp_path):
+    with pytest.raises(UserError, match=r"model\.order=3 there, 4 now"):
+        train.main(arguments(model__order=4, data__cache=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_damaged_table_is_refused(fitted_run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(fitted_run, copy)

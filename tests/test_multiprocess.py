@@ -1,5 +1,6 @@
 """Several real processes against one: the same losses, whoever is stopped, killed or wrong."""
 
+import contextlib
 import os
 import re
 import signal
@@ -144,15 +145,15 @@ def test_a_killed_first_process_is_named_too(small_run, tmp_path):
 
 def test_what_one_process_cannot_do_ends_all(small_run, tmp_path):
     """A mistake that only one sees: nobody hangs, and it is said once."""
-    for own, words in (
-        ({1: ["--seed=1"]}, "has seed=1, but process 0 on "),
-        ({}, "another process is training in"),
-    ):
-        run = tmp_path / "run"
-        arguments = small_run(train__steps=5, mesh="dp2", out=run)
-        from jaxlm.run_folder import locked
+    from jaxlm.run_folder import locked
 
-        with locked(run):
+    run = tmp_path / "run"
+    for own, taken, words in (
+        ({1: ["--seed=1"]}, contextlib.nullcontext(), "has seed=1, but process 0 on "),
+        ({}, locked(run), "another process is training in"),
+    ):
+        arguments = small_run(train__steps=5, mesh="dp2", out=run)
+        with taken:
             group = Processes(tmp_path, 2, arguments, own)
             assert group.finish(60) == [2, 2], group.text()
         assert group.text().count(words) == 1, group.text()

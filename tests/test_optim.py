@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxlm.config import OptimConfig
-from jaxlm.optim import _muon_dimensions, decays, learning_rate, make_optimizer
+from jaxlm.optim import _muon_dimensions, decays, learning_rate, make_optimizer, stretched
 
 RATE = 0.1
 SHAPES = {"kernel": (6, 5), "scale": (5,), "bias": (4,)}
@@ -204,3 +204,22 @@ def test_adapters_decay_and_are_adams_under_muon():
         update, _ = optimizer.update(gradients, optimizer.init(params), params)
         updates.append(update)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *updates)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "before", "line"),
+    [
+        ("cosine", 100, "from 1.00e-02 at step 100 to 6.28e-02 at step 101"),
+        ("linear", 100, "the linear schedule is over 200 steps now"),
+        ("wsd", 100, "from 1.45e-02 at step 100 to 1.00e-01 at step 101"),
+        ("inverse_sqrt", 100, None),
+        ("constant", 100, None),
+        # Warm-up is a quarter of so few steps, and over.
+        ("inverse_sqrt", 60, "the inverse_sqrt schedule"),
+        ("constant", 60, None),
+    ],
+)
+def test_a_schedule_that_more_steps_stretch_is_said(schedule, before, line):
+    config = OptimConfig(learning_rate=RATE, schedule=schedule)
+    said = stretched(config, before, 200, before)
+    assert said is None if line is None else line in said

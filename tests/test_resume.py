@@ -138,6 +138,7 @@ def test_told_to_stop_it_saves_and_continues(home, reference):
         process.send_signal(number)
         output = finish(process, code=75)
         assert f"stopped by {number.name}" in output
+        assert ("Ctrl-C again" in output) == (number == signal.SIGINT)
     finish(start(home, "stopped"))
     assert_same_run(run, reference)
 
@@ -188,6 +189,7 @@ def test_more_steps_continue_a_finished_run(home, reference):
     shutil.copytree(reference, home / "longer")
     output = finish(start(home, "longer", **{"train.steps": STEPS + 2}))
     assert f"continuing at step {STEPS}" in output
+    assert f"train.steps was {STEPS} and is {STEPS + 2}: " in output
     assert metrics(home / "longer")[-1]["step"] == STEPS + 2
     saved = (step_folder(home / "longer", STEPS + 2) / "metrics.json").read_text()
     assert json.loads(saved)["valid_loss"] == metrics(home / "longer")[-1]["valid_loss"]

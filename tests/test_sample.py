@@ -94,6 +94,8 @@ def test_a_classifier_prints_label_and_probabilities(run_of):
             ["max_new_tokens=500 is more than fits"],
         ),
         ("language_modelling", ["--prompt=fox"], []),
+        ("instruction", ["--prompt=fox"], ["this continues the text, --chat answers it"]),
+        ("instruction", ["--prompt=fox", "--chat"], []),
         ("classification", [f"--prompt={'fox ' * 99}"], ["1 of 1 text cut to 64 tokens"]),
     ],
 )
@@ -168,7 +170,11 @@ def test_what_does_not_apply_is_one_sentence(run_of, task, arguments, words, tmp
 
 
 def test_a_line_without_a_prompt_is_refused(tmp_path):
-    for content, number in (("", 1), ("a\n\nb\n", 2)):
+    for name in ("none.txt", "none.jsonl"):
+        (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match=rf"{name} has no prompts, it is empty: write one"):
+            list(sample._requests(tmp_path / name, ("prompt",)))
+    for content, number in (("\n\n", 1), ("a\n\nb\n", 2)):
         (tmp_path / "prompts.txt").write_text(content)
         with pytest.raises(UserError, match=rf"line {number} of .*prompts\.txt is empty"):
             list(sample._requests(tmp_path / "prompts.txt", ("prompt",)))

@@ -68,6 +68,17 @@ def test_a_translation_reads_its_source_and_tag():
     assert len(set(greedy)) == 3
 
 
+def test_a_translation_is_sampled_or_streamed_where_that_is_asked_for():
+    model, few = loaded("translation"), {"max_new_tokens": 8}
+    sampled = {"temperature": 0.9, "top_k": 20, "seed": 3} | few
+    expected = generate(model, SOURCES, target="fr", **sampled)
+    assert translate(model, SOURCES, "fr", **sampled) == expected
+    greedy = translate(model, SOURCES[0], "fr", num_beams=1, **few)
+    assert "".join(translate(model, SOURCES[0], "fr", stream=True, **few)) == greedy
+    beams = generate(model, SOURCES, target="fr", num_beams=4, length_penalty=0.6, **few)
+    assert translate(model, SOURCES, "fr", stop="\0", **few) == beams
+
+
 @pytest.mark.slow
 def test_a_translation_is_the_same_on_a_mesh():
     one = translate(loaded("translation"), SOURCES, "de", max_new_tokens=8)
@@ -141,9 +152,34 @@ def test_what_does_not_fit_the_model_is_said_once():
 @pytest.mark.parametrize(
     ("task", "call", "words"),
     [
+        ("language_modelling", lambda m: generate(m, "fox"), "max_new_tokens=128 is more"),
+        ("translation", lambda m: translate(m, "a", "de", max_new_tokens=99), "max_new_tokens=99"),
+        ("classification", lambda m: classify(m, "dog " * 200), "1 of 1 text cut to 64 tokens"),
+    ],
+)
+def test_what_is_cut_short_warns_the_caller(task, call, words):
+    with pytest.warns(UserWarning, match=words) as warned:
+        call(loaded(task))
+    assert [one.filename for one in warned] == [__file__]
+
+
+def test_as_many_tokens_as_fit_warn_nobody(recwarn):
+    translate(loaded("translation"), "a", "de")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("task", "call", "words"),
+    [
         ("translation", lambda m: translate(m, "a", "ed"), "'de', 'fr'"),
         ("translation", lambda m: translate(m, "a"), "choose one by target="),
         ("translation", lambda m: translate(m, "fox " * 90, "de"), "source text 0 has"),
+        (
+            "translation",
+            lambda m: translate(m, "a", "de", num_beams=4, temperature=0.9),
+            "not sample",
+        ),
+        ("translation", lambda m: translate(m, "a", "de", top_k=4), "no effect with temperature=0"),
         ("translation", lambda m: score(m, ["a"], target="de"), "0 sources for 1"),
         ("translation", lambda m: generate(m, TALK, target="de"), "not messages"),
         ("translation", lambda m: classify(m, "a"), "use jaxlm.translate"),

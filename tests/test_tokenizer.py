@@ -154,9 +154,23 @@ def test_too_little_text_names_a_vocabulary_that_works(kind):
 
 @pytest.mark.parametrize("texts", [[], [""], ["x"]])
 def test_no_text_is_an_error(texts, capfd):
-    with pytest.raises(UserError, match=r"give it more text, or take a tok.* or by init_from and"):
+    with pytest.raises(
+        UserError, match=r"give it more text.*, or take a tok.* or by init_from and"
+    ):
         train_tokenizer(iter(texts), TokenizerConfig())
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_size_too_small_for_special_tokens_or_too_large_for_the_text_says_so():
+    tags = [f">>{i}<<" for i in range(45)]
+    with pytest.raises(
+        UserError, match=r"vocab_size=300 is too small: .* set it to \d+ or more"
+    ) as e:
+        train_tokenizer(code(), TokenizerConfig(vocab_size=300), tags)
+    least = int(re.search(r"(\d+) or more", str(e.value))[1])
+    assert train_tokenizer(code(), TokenizerConfig(vocab_size=least), tags).vocab_size == least
+    with pytest.raises(UserError, match=r"more text .300 tokens, of them 256 bytes, are the least"):
+        train_tokenizer(iter(["hello"]), TokenizerConfig(vocab_size=300))
 
 
 def test_lone_surrogates_are_a_user_error(trained, byte_level, tmp_path):

@@ -21,6 +21,7 @@ from jaxlm.errors import NonFiniteError, UserError
 from jaxlm.monitor import read_metrics
 from jaxlm.processes import Group
 from jaxlm.tasks.batch import Batch
+from jaxlm.tasks.translation import ReferencePair
 from jaxlm.validation import MaskedValidation, TranslationValidation, opening
 
 
@@ -68,13 +69,28 @@ def test_a_sample_begins_as_the_text_does_whose_continuation_is_known():
 
 
 @pytest.mark.parametrize(
-    ("names", "target"), [((), ""), (("de",), ""), (("de", "fr"), "--target=de ")]
+    ("names", "target"), [((), ""), (("de",), ""), (("de", "fr"), "--target=fr ")]
 )
-def test_the_command_to_try_chooses_a_language_where_there_are_several(names, target):
+def test_the_command_to_try_is_a_short_validation_text_and_its_language(names, target):
+    language = names[-1] if names else None
+    pairs = [
+        ReferencePair(text, "", language) for text in ("a longer text", "it's short", "a text.")
+    ]
     form = types.SimpleNamespace(names=names)
-    validation = types.SimpleNamespace(_prepared=types.SimpleNamespace(form=form))
+    validation = types.SimpleNamespace(
+        _prepared=types.SimpleNamespace(form=form),
+        _pairs=pairs,
+        _tokenizer=types.SimpleNamespace(decode=str),
+    )
     command = TranslationValidation.suggestion(validation, "runs/x")
-    assert command == f"python -m jaxlm.sample runs/x {target}--prompt='Save the file.'"
+    assert command == f"python -m jaxlm.sample runs/x {target}--prompt='a text.'"
+
+
+def test_help_names_what_a_model_is_trained_for(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "to go on with texts, to answer, to translate or to classify." in shown
 
 
 def test_the_command_after_reading_has_what_fine_tuning_needs(monkeypatch, tmp_path):
@@ -158,6 +174,7 @@ def test_what_cannot_be_is_one_sentence(arguments, trained_run, corpus, tmp_path
         "less than the tokenizer's 320": {"model__vocab_size": 310},
         "layers/attention": {"init_from": trained_run, "model__d_ff": 128, "model__num_layers": 3},
         "cannot be made": {"out": corpus / "000.txt" / "run"},
+        "data.text_field='body' has no effect, because plain": {"data__text_field": "body"},
         "no such file or folder": {"data__train": tmp_path / "nowhere"},
         "leaves no room": {"train__sample_prompt": "a b c d e f g h i j " * 10},
         "pip install 'jaxlm[wandb]'": {"log__wandb_project": "p"},
@@ -219,6 +236,49 @@ def test_two_trainers_cannot_share_a_folder(arguments, tmp_path):
         train.main(arguments())
 
 
+def test_the_folder_is_looked_at_before_the_data(arguments, trained_run, tmp_path, capsys):
+    from jaxlm.run_folder import locked
+
+    nowhere = tmp_path / "nowhere"
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training"):
+        train.main(arguments(data__train=nowhere))
+    with pytest.raises(UserError, match="cannot be made"):
+        train.main(arguments(data__train=nowhere, out=trained_run / "config.yaml" / "run"))
+    shutil.copytree(trained_run, tmp_path / "run", dirs_exist_ok=True)
+    config = tmp_path / "run" / "config.yaml"
+    train_from = next(a for a in arguments() if a.startswith("--data.train=")).partition("=")[2]
+    config.write_text(config.read_text().replace(train_from, str(nowhere)))
+    assert train.main(arguments(data__train=nowhere)) == 0
+    assert "already at step 60 of 60" in capsys.readouterr().out
+
+
+def test_a_damaged_last_step_is_said_once(arguments, trained_run, tmp_path, capsys):
+    shutil.copytree(trained_run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step_00000060" / "metrics.json").write_text("{}")
+    assert train.main(arguments()) == 0
+    said = capsys.readouterr().out
+    assert said.count("step_00000060 is damaged") == 1 and "continuing at step 30" in said
+
+
+def test_a_tokenizer_that_cannot_be_the_models_is_not_learnt(arguments, trained_run, tmp_path):
+    changes = {"init_from": trained_run, "data__train": tmp_path / "nowhere"}
+    with pytest.raises(UserError, match="was trained with another tokenizer"):
+        train.main(arguments(tokenizer__vocab_size=310, **changes))
+    # With the same settings it might be the same.
+    with pytest.raises(UserError, match="no such file or folder"):
+        train.main(arguments(**changes))
+
+
+def test_an_interrupted_beginning_leaves_nothing_behind(arguments, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "prepare_together", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_the_machines_do_not_share_is_one_sentence(tmp_path, monkeypatch):
     from jaxlm import run_folder
 
@@ -228,12 +288,10 @@ def test_a_folder_that_the_machines_do_not_share_is_one_sentence(tmp_path, monke
 
     monkeypatch.setattr(run_folder, "SHARED_SECONDS", 1)
     (tmp_path / "config.yaml").write_text("from another time")
-    claimed = run_folder.claimed(tmp_path, None, None, Second())
-    with pytest.raises(UserError, match="is not the one that process 0 writes to"), claimed:
-        pass
+    with pytest.raises(UserError, match="is not the one that process 0 writes to"):
+        run_folder.claim_together(tmp_path, None, None, Second())
     (tmp_path / "config.yaml").write_text("what process 0 wrote")
-    with run_folder.claimed(tmp_path, None, None, Second()):
-        pass
+    run_folder.claim_together(tmp_path, None, None, Second())
 
 
 def test_the_exit_code_of_a_mistake_is_two():

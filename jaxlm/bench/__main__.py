@@ -10,7 +10,9 @@ from pathlib import Path
 
 from jaxlm.bench import checkpoint, data, decode, scale, train, translation
 from jaxlm.bench.drawing import picture
+from jaxlm.bench.turns import jax_on
 from jaxlm.cli import OneSentenceParser, run_command
+from jaxlm.errors import UserError
 
 BENCHMARKS = {
     "train": (train, "a training step beside the same model in PyTorch, eager and compiled"),
@@ -41,9 +43,9 @@ def main(argv: list[str]) -> None:
 
 def _run(name: str, out: Path, command: str, arguments: dict) -> None:
     benchmark = BENCHMARKS[name][0]
-    out.mkdir(parents=True, exist_ok=True)
     if "on" in arguments:
-        arguments["device"] = arguments.pop("on") or _device()
+        arguments["device"] = _device(arguments.pop("on"))
+    out.mkdir(parents=True, exist_ok=True)
     results = benchmark.run(out=out, say=_say, **arguments)
     figures = {
         "date": datetime.date.today().isoformat(),
@@ -60,11 +62,22 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _device() -> str:
-    """`gpu` where JAX would use one; asked in a process of its own, which then lets it go."""
+def _device(given: str | None) -> str:
+    """The device that is given or, if none is, `gpu` where JAX would use one."""
+    if given == "gpu" and not _finds_gpu(jax_on("gpu")):
+        raise UserError(
+            "--on=gpu: JAX finds no GPU here; use --on=cpu, or install JAX for it: "
+            "pip install 'jaxlm[cuda12]' or 'jaxlm[cuda13]'"
+        )
+    return given or ("gpu" if _finds_gpu() else "cpu")
+
+
+def _finds_gpu(environment: dict[str, str] | None = None) -> bool:
+    """Whether JAX uses a GPU; asked in a process of its own, which then lets it go."""
     code = "import jax; print(jax.default_backend())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return "gpu" if "gpu" in done.stdout else "cpu"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return "gpu" in done.stdout
 
 
 def _sizes(text: str) -> list[int]:
@@ -83,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     names = parser.add_subparsers(dest="benchmark", required=True, parser_class=OneSentenceParser)
-    helps = {name: text for name, (_, text) in BENCHMARKS.items()} | {"all": ", ".join(ALL)}
+    helps = {name: text for name, (_, text) in BENCHMARKS.items()} | {
+        "all": f"{', '.join(ALL)}: what needs no pairs of texts"
+    }
     for name, text in helps.items():
         one = names.add_parser(name, help=text, allow_abbrev=False)
         if name in ("train", "decode", "checkpoint", "all"):

@@ -119,6 +119,7 @@ def _measure(
     say: Callable[[str], None],
 ) -> list[Result]:
     small = workload.settings | {"num_layers": CHECK_LAYERS}
+    say(f"{name}: writing random weights")
     with _start(OURS, device) as maker:  # whose memory is not that of decoding
         maker.ask("write", settings=small, dtype="float32", out=f"{folder}/check")
         maker.ask("write", settings=workload.settings, dtype=workload.dtype, out=f"{folder}/model")
@@ -128,6 +129,7 @@ def _measure(
     try:
         _check(name, workload, sides, f"{folder}/check", say)
         request = {"folder": f"{folder}/model", "dtype": workload.dtype}
+        say(f"{name}: loading the model in {', '.join(side.name for side in sides)}")
         facts = {side.name: side.ask("setup", **request) for side in sides}
         results = []
         for batch in workload.batches:
@@ -194,6 +196,8 @@ def _start(name: str, device: str) -> Competitor:
 def _check(name: str, workload: Workload, sides, folder: str, say: Callable[[str], None]) -> None:
     """Hold what the sides say against each other."""
     ours, *peers = sides
+    if peers:
+        say(f"{name}: comparing the greedy tokens of {', '.join(side.name for side in sides)}")
     for side in sides:
         side.ask("setup", folder=folder, dtype="float32")
     prompts = _prompts(workload, 2, ours)

@@ -323,7 +323,7 @@ class _Preparation:
             causes.append(f"all {num_held_out} held out for validation")
         return UserError(
             f"data source {origin.spec!r} in data.{field} has no {self.form.item} with text left"
-            f" ({', '.join(causes) or 'all it has is empty'}): {remedy}"
+            f" ({', '.join(causes) or 'all it has is empty or white space'}): {remedy}"
         )
 
 

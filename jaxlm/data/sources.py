@@ -39,7 +39,8 @@ def text_column(data: DataConfig) -> Column:
 def read_documents(
     spec: str, data: DataConfig, counts: Counts, tables: bool = False
 ) -> Iterator[str]:
-    """The documents of one source, in a fixed order; empty ones are left out.
+    """The documents of one source, in a fixed order; empty ones are left out, and so are all where
+    none has more than white space.
 
     A plain text file is a document (above `max_document_bytes` several, cut at line ends), and so
     is every row of JSON lines, Parquet and datasets and, with `tables`, of TSV. With
@@ -57,7 +58,13 @@ def read_documents(
             spec, data, column, (*JSON_LINES, *PARQUET, *(TSV if tables else ()))
         )
     texts = usable(records, lambda record: record.text(column, empty=True), data, counts)
-    yield from filter(None, texts)
+    texts = filter(None, texts)
+    held = []
+    for text in texts:
+        held.append(text)
+        if text.strip():
+            yield from held
+            yield from texts
 
 
 def max_document_bytes(spec: str, data: DataConfig) -> int:

@@ -6,8 +6,12 @@ from functools import partial
 
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared
+from jaxlm.data.files import list_files
 from jaxlm.data.forms import Documents, Form
+from jaxlm.data.records import JSON_LINES, PARQUET, TSV
+from jaxlm.data.sources import text_column
 from jaxlm.data.tokens import Row
+from jaxlm.errors import UserError
 from jaxlm.tasks import classification, instruction, language_modelling, masked, translation
 from jaxlm.tasks.batch import Batch, packed_batch
 
@@ -23,6 +27,24 @@ FORMS = {
 def make_form(config: Config) -> Form:
     """What the config's task makes of its sources. Raises UserError where these do not fit it."""
     return FORMS[config.task](config)
+
+
+def check_text_field(config: Config) -> None:
+    """Raise UserError for a `data.text_field` where no source has fields, or one does not exist."""
+    data = config.data
+    if text_column(data).given is None:
+        return
+    # To language modelling a TSV is plain text.
+    endings = (*JSON_LINES, *PARQUET, *(() if config.task == "language_modelling" else TSV))
+    for spec in (*data.train, *data.valid):
+        if spec.startswith("hf:") or any(
+            path.name.lower().endswith(endings) for path in list_files(spec)
+        ):
+            return
+    raise UserError(
+        f"data.text_field={data.text_field!r} has no effect, because plain text has no fields: "
+        f"leave it out, or name a source that has them ({', '.join(endings)}, hf:NAME)"
+    )
 
 
 def batch_maker(config: Config, prepared: Prepared) -> Callable[[Row], Batch]:

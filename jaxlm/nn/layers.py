@@ -127,7 +127,8 @@ def multiply_row(num_in: int, x, kernel):
     y_p1o = jax.lax.dot_general(
         x_p1i, kernel_pio, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32
     )
-    return y_p1o.sum(0).astype(x.dtype).reshape(*x.shape[: x.ndim - num_in], *out_shape)
+    y_1o = sum(y_p1o)
+    return y_1o.astype(x.dtype).reshape(*x.shape[: x.ndim - num_in], *out_shape)
 
 
 def is_whole() -> bool:

@@ -121,8 +121,7 @@ class Trainer:
         validation = VALIDATIONS[config.task]
         self.validation = validation(config, self.program, prepared, self.inputs, group)
         self.base: Base | None = None
-        self.state = self._restore(say) or self._fresh(say)
-        self.step = int(self.state.step)
+        self.state, self.step = self._restore(say) or (self._fresh(say), 0)
         self.stop = group.stop
         self.profile = Profile(self.run_folder / "profile", self._profiled(profiled))
 
@@ -262,7 +261,7 @@ class Trainer:
     def _tokens_per_step(self) -> int:
         return self.config.train.batch_size * self.config.tokens_per_row
 
-    def _restore(self, say: Callable[[str], None]) -> TrainState | None:
+    def _restore(self, say: Callable[[str], None]) -> tuple[TrainState, int] | None:
         # One process looks at the bytes, and all use what it found.
         step = self.group.from_first(lambda: latest_sound(self.run_folder, say), math.inf)
         if step is None:
@@ -273,10 +272,10 @@ class Trainer:
             say(line)
         state = saved.to_stored(restore_state(folder, saved.exact))
         if self.config.lora is None:
-            return state
+            return state, step
         self.base = Base(*self.group.from_first(lambda: read_base(folder), math.inf))
         _, frozen = lora.divide(self.config, self._start_params(Path(self.base.folder)))
-        return dataclasses.replace(state, frozen=frozen)
+        return dataclasses.replace(state, frozen=frozen), step
 
     def _fresh(self, say: Callable[[str], None]) -> TrainState:
         source = self.config.init_from

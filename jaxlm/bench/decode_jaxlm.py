@@ -39,6 +39,7 @@ class Side:
 
     def setup(self, folder: str, dtype: str) -> dict:
         """Load a model; what it is, and the bytes that a new token has to read."""
+        self.model = None  # which would count beside the next
         self.model = load(folder, dtype=dtype)
         config = self.model.config.model
         leaves = jax.tree_util.tree_leaves_with_path(self.model.params)

@@ -29,6 +29,7 @@ class Side:
     def setup(self, folder: str, dtype: str) -> dict:
         """Load a model; what it is."""
         torch.set_float32_matmul_precision("highest")
+        self.model = None  # which would count beside the next
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype)
         )

@@ -35,8 +35,7 @@ def main(argv: list[str]) -> None:
     _check_options(asked, chats)
     model = load(*places, step=step)
     _check_model(model, chats, settings)
-    # Fewer tokens than nobody asked for are no surprise.
-    settings["say"] = _say if "max_new_tokens" in settings else _say_nothing
+    settings["say"] = _say
     if asked["prompts"] is not None:
         _answer_file(model, Path(asked["prompts"]), asked["out"], settings)
         return
@@ -148,10 +147,6 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _say_nothing(line: str) -> None:
-    pass
-
-
 def _pieces(model: LanguageModel, prompt, settings: dict) -> Iterator[str]:
     """The continuation as it comes, or at once where it is searched for."""
     if settings.get("num_beams", 1) == 1:
@@ -198,7 +193,9 @@ def _answers(model: LanguageModel, prompts: list, settings: dict) -> list[dict]:
     is_search = False
     if model.config.task == "translation":
         is_search = settings.keys() <= SEARCH
-        settings = {"max_new_tokens": model.config.model.max_seq_len} | settings
+        if "max_new_tokens" not in settings:  # as many as fit, which nobody needs to be told
+            room = model.config.model.max_seq_len
+            settings = settings | {"max_new_tokens": room, "say": lambda line: None}
     answer = translate if is_search else generate
     return [{"text": text} for text in answer(model, prompts, **settings)]
 

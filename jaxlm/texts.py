@@ -25,6 +25,10 @@ Conversation = Sequence[Mapping[str, str]]
 """Messages: `{"role": "system", "user" or "assistant", "content": ...}` each."""
 
 
+NEW_TOKENS = 128
+"""That a text is continued by, unless it is told."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """log P(w1..wn) of a text by the chain rule; of a translation, log P(target | source)."""
@@ -63,7 +67,7 @@ def _say_nothing(line: str) -> None:
 def generate(
     model: LanguageModel | str | Path,
     prompts: str | Conversation | Sequence[str] | Sequence[Conversation],
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -89,8 +93,8 @@ def generate(
     `temperature=0` takes the likeliest token each time. `num_samples` above 1 gives a list for
     each prompt. `stop` ends a text before any of these strings. `stream=True` takes one prompt and
     gives an iterator of pieces of text, never half a character. A text also ends where the model
-    says so, after `max_new_tokens`, and at the model's `max_seq_len`. Where that comes first, of
-    the 128 tokens by default, too, `say` gets a line; by default that is a UserWarning.
+    says so, after `max_new_tokens`, and at the model's `max_seq_len`; where that leaves fewer than
+    are asked for, `say` gets a line, a UserWarning by default. None is 128, or as many as fit.
 
     `num_beams` above 1 searches for likely texts instead of sampling; `length_penalty` and
     `early_stopping` are those of `beam.Beams`, and `num_samples` is how many of the best to give.
@@ -102,7 +106,7 @@ def generate(
         Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
         Beams(num_beams, length_penalty, early_stopping),
         [] if stop is None else _as_list(stop, "stop")[0],
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=NEW_TOKENS if max_new_tokens is None else max_new_tokens,
         seed=seed,
         num_samples=num_samples,
     )
@@ -111,7 +115,8 @@ def generate(
         raise UserError("stream=True takes one prompt (a string), num_samples=1 and num_beams=1")
     model = _as_model(model, mesh)
     rows, settings = _read(model, prompts, target, settings)
-    _say_room(model, rows, max_new_tokens, say)
+    if max_new_tokens is not None:
+        _say_room(model, rows, max_new_tokens, say)
     if stream:
         return stream_row(model, rows[0], settings)
     out = continue_rows(model, rows, settings)

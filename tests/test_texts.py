@@ -152,7 +152,7 @@ def test_what_does_not_fit_the_model_is_said_once():
 @pytest.mark.parametrize(
     ("task", "call", "words"),
     [
-        ("language_modelling", lambda m: generate(m, "fox"), "max_new_tokens=128 is more"),
+        ("language_modelling", lambda m: generate(m, "fox", 99), "max_new_tokens=99 is more"),
         ("translation", lambda m: translate(m, "a", "de", max_new_tokens=99), "max_new_tokens=99"),
         ("classification", lambda m: classify(m, "dog " * 200), "1 of 1 text cut to 64 tokens"),
     ],
@@ -165,6 +165,7 @@ def test_what_is_cut_short_warns_the_caller(task, call, words):
 
 def test_as_many_tokens_as_fit_warn_nobody(recwarn):
     translate(loaded("translation"), "a", "de")
+    generate(loaded("language_modelling"), "fox")
     assert not recwarn.list
 
 

@@ -219,9 +219,10 @@ def is_done(run: Path, total: int, group: Group, say: Callable[[str], None]) -> 
     """Whether a run is at its last step. Raises UserError where it is past that."""
 
     def newest() -> int:
-        # The bytes of a run that goes on are looked at, and what is damaged said, in restoring it.
-        is_done = max(complete_steps(run), default=0) >= total
-        return (is_done and latest_sound(run, lambda line: None)) or 0
+        if max(complete_steps(run), default=0) < total:
+            return 0
+        # What is damaged is said when the run goes on from an earlier step.
+        return latest_sound(run, lambda line: None) or 0
 
     step = group.from_first(newest, math.inf)
     if step > total:

@@ -5,6 +5,7 @@ line. Errors are one sentence with the key, the value and the nearest right one.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import json
@@ -28,6 +29,7 @@ from jaxlm.presets import PRESETS
 from jaxlm.yaml_file import Loader, dump_yaml, read_yaml
 
 EXIT_USER_ERROR, EXIT_NONFINITE, EXIT_PREEMPTED, EXIT_LOST = 2, 3, 75, 76
+EXIT_INTERRUPTED = 130
 
 
 def parse_config(
@@ -104,7 +106,16 @@ def run_command(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         sentence, code = known
         if sentence:
             print(sentence, file=sys.stderr)
+        _leave(code)
     sys.exit(code or 0)
+
+
+def _leave(code: int) -> typing.NoReturn:
+    """End the process at once: where devices still compute, an interpreter that ends crashes."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
@@ -119,7 +130,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return f"error: {_out_of_memory(str(error))}", EXIT_USER_ERROR
     if isinstance(error, KeyboardInterrupt):
-        return "", 130
+        return "", EXIT_INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return "", 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

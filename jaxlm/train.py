@@ -15,7 +15,15 @@ import jax
 from jaxlm import processes, profiling
 from jaxlm.base import BASE, Base, find_base, read_base
 from jaxlm.checkpoint import CONFIG, Checkpoints, latest_sound, restore_state, step_folder
-from jaxlm.cli import EXIT_PREEMPTED, dump_config, flatten, parse_config, read_config, run_command
+from jaxlm.cli import (
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    dump_config,
+    flatten,
+    parse_config,
+    read_config,
+    run_command,
+)
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared, prepare_together
 from jaxlm.errors import UserError
@@ -352,7 +360,7 @@ class Trainer:
         def stop(number, frame):
             if number == signal.SIGINT and self.stop.signal is not None:
                 self.display.close()
-                os._exit(130)
+                os._exit(EXIT_INTERRUPTED)
             self.stop.tell(number)
             again = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ", then leaving"
             self.display.line(f"{signal.Signals(number).name}: saving after this step{again}")

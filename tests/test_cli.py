@@ -273,6 +273,7 @@ def test_help_has_every_leaf_with_its_default(capsys):
 
 
 RUNNER = "from jaxlm import cli, errors\ndef main(argv): {}\ncli.run_command(main)"
+AT_EXIT = "import atexit; atexit.register(print, 'an interpreter ended')"
 EXITS = [
     ("raise errors.UserError('bad')", 2, "error: bad\n"),
     ("raise errors.NonFiniteError('bad')", 3, "stopped: bad\n"),
@@ -284,6 +285,9 @@ EXITS = [
     ),
     ("return 75", 75, ""),
     ("return None", 0, ""),
+    # At once: an interpreter that ends while XLA works crashes.
+    (f"{AT_EXIT}; raise errors.UserError('bad')", 2, "error: bad\n"),
+    (f"{AT_EXIT}; raise KeyboardInterrupt", 130, ""),
 ]
 
 

@@ -50,8 +50,8 @@ def main(argv: list[str]) -> None:
 def report(name: str, figures: Figures, baseline: str | None = None) -> str:
     """The figures of `evaluate` as tables, for people."""
     return {
-        "language_modelling": _losses,
-        "instruction": _losses,
+        "language_modelling": _texts,
+        "instruction": _texts,
         "translation": _translations,
         "classification": _labels,
         "masked_language_modelling": _masked,
@@ -70,6 +70,10 @@ def _losses(name: str, figures: Figures, baseline: str | None) -> str:
             rows.append([label, "", "", f"{bits:.4f}"])
     read = f"{figures['tokens']:,} tokens, {figures['bytes']:,} bytes"
     return f"{_table(rows)}\n{read}"
+
+
+def _texts(name: str, figures: Figures, baseline: str | None) -> str:
+    return _losses(name, figures, baseline) + _skipped(figures)
 
 
 def _translations(name: str, figures: Figures, baseline: str | None) -> str:

@@ -212,7 +212,7 @@ def _language_modelling(
         metrics = loss_metrics(*ngram.nats(prepared.valid), figures["bytes"])
         for name, value in metrics.items():
             figures[f"{request.baseline}_{name.removeprefix('valid_')}"] = value
-    return figures
+    return figures | _skipped(prepared, request)
 
 
 def _text(model: LanguageModel, prepared: Prepared) -> bytes:

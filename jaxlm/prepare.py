@@ -3,7 +3,7 @@
 from jaxlm.cli import parse_config, run_command
 from jaxlm.data.corpus import File, prepare
 from jaxlm.data.forms import counted
-from jaxlm.tasks.build import check_text_field, make_form
+from jaxlm.tasks.build import check_text_field, make_form, say_what_is_shared
 
 
 def main(argv: list[str]) -> None:
@@ -15,6 +15,7 @@ def main(argv: list[str]) -> None:
         "data.valid, which training then takes from the cache.",
     )
     check_text_field(config)
+    say_what_is_shared(config.data, print)
     prepared = prepare(config.data, config.tokenizer, form=make_form(config))
     for name, files in (("train", prepared.train), ("valid", prepared.valid)):
         for file in files:

@@ -204,13 +204,13 @@ def _requests(file: Path, keys: Sequence[str]) -> Iterator[dict]:
     """The prompts of a file: objects with one of `keys` where its name ends in .jsonl, else a
     prompt a line."""
     try:
-        lines = file.expanduser().read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = file.expanduser().read_text(encoding="utf-8").rstrip("\n").split("\n")
     except OSError as error:
         raise UserError(f"cannot read --prompts={file}: {error.strerror}") from error
     except UnicodeDecodeError:
         raise UserError(f"--prompts={file} is not UTF-8: convert it first") from None
     if lines == [""]:
-        raise UserError(f"--prompts={file} has no prompts, it is empty: write one a line")
+        raise UserError(f"--prompts={file} has no prompts: write one a line")
     for number, line in enumerate(lines, 1):
         if file.suffix != ".jsonl":
             if not line:

@@ -312,10 +312,11 @@ def _read(
     longest = model.config.model.max_seq_len
     for prompt, ids in zip(prompts, rows, strict=True):
         if len(ids) >= longest:
-            text = prompt[-1]["content"] if chats else prompt
+            what = "the conversation" if chats else f"the prompt {prompt[:30]!r}..."
+            remedy = "begin another, or leave out its oldest messages" if chats else "shorten it"
             raise UserError(
-                f"the prompt {text[:30]!r}... has {len(ids)} tokens and leaves no room for "
-                f"new ones: the model handles {longest} (model.max_seq_len) in all; shorten it"
+                f"{what} has {len(ids)} tokens and leaves no room for new ones: the model handles "
+                f"{longest} (model.max_seq_len) in all; {remedy}"
             )
     return list(map(Row, rows)), settings
 

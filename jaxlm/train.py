@@ -42,7 +42,7 @@ from jaxlm.profiling import Profile
 from jaxlm.run_folder import claim_together, held, is_done, with_found
 from jaxlm.step import TrainState, build_model, build_program, micro_batches
 from jaxlm.tasks.batch import Batch
-from jaxlm.tasks.build import check_text_field, make_form
+from jaxlm.tasks.build import check_text_field, make_form, say_what_is_shared
 from jaxlm.validation import VALIDATIONS
 
 # Settings of the machine, which the processes of a run need not share.
@@ -72,6 +72,7 @@ def main(argv: list[str]) -> int:
 def _train(config: Config, group: Group, profiled: range) -> int:
     say = _say if group.is_first else _say_nothing
     check_text_field(config)
+    say_what_is_shared(config.data, say)
     if config.model.kind == "ngram":
         return fit_run(config, group, say)
     mesh = make_mesh(config.mesh, say, group.count)

@@ -94,6 +94,10 @@ def test_other_texts_are_read_with_the_models_tokenizer(trained_run, tmp_path, c
     assert captured.err.count(f"{text}: ") == 1
     assert found["task"] == "language_modelling" and found["bytes"] == len(text.read_bytes())
     assert found["model"].endswith("step_00000060")
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text('{"text": "ab cd"}\n{"text": null}\n')
+    evaluate.main([str(trained_run), f"--data={lines}"])
+    assert "5 bytes; 1 skipped as empty, null" in capsys.readouterr().out
     evaluate.main([str(trained_run), f"--data=[{text},{text}]"])
     table = capsys.readouterr().out
     loss = -np.mean(jaxlm.score(trained_run, text.read_text()[:20]).token_logprobs)

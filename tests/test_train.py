@@ -17,10 +17,12 @@ from conftest import tiny_arguments
 from jaxlm import train
 from jaxlm.checkpoint import complete_steps
 from jaxlm.cli import parse_config, read_config
+from jaxlm.data_config import DataConfig
 from jaxlm.errors import NonFiniteError, UserError
 from jaxlm.monitor import read_metrics
 from jaxlm.processes import Group
 from jaxlm.tasks.batch import Batch
+from jaxlm.tasks.build import say_what_is_shared
 from jaxlm.tasks.translation import ReferencePair
 from jaxlm.validation import MaskedValidation, TranslationValidation, opening
 
@@ -234,6 +236,15 @@ def test_two_trainers_cannot_share_a_folder(arguments, tmp_path):
 
     with locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training"):
         train.main(arguments())
+
+
+def test_texts_to_validate_on_that_are_trained_on_are_said():
+    said = []
+    say_what_is_shared(DataConfig(train=("a", "b"), valid=("c",)), said.append)
+    assert not said
+    say_what_is_shared(DataConfig(train=("a", "b"), valid=("b", "c")), said.append)
+    (line,) = said
+    assert line.startswith("b is in data.train and in data.valid: ")
 
 
 def test_the_folder_is_looked_at_before_the_data(arguments, trained_run, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """How a competitor answers requests; of the standard library, for those that run without jaxlm."""
 
 import json
+import os
 import sys
 
 MARK = "@reply "
@@ -15,4 +16,7 @@ def answer(side) -> None:
             reply = getattr(side, request.pop("do"))(**request)
         except Exception as error:  # the one who asks says it
             reply = {"error": f"{type(error).__name__}: {error}"}
-        print(MARK + json.dumps(reply), flush=True)
+        try:
+            print(MARK + json.dumps(reply), flush=True)
+        except BrokenPipeError:
+            os._exit(1)  # who asked has gone

@@ -101,7 +101,7 @@ def table(results: list[Result]) -> str:
     of_disk = lambda raw, ours: f"{tables.percent(raw / ours)} of the disk's rate"  # noqa: E731
     rows = [
         ("bytes of a checkpoint", f"{r.bytes / 1e9:.2f} GB", ""),
-        ("training waits", f"{r.blocked:.2f} s", f"of which a copy is {r.copy:.2f} s"),
+        ("training waits", f"{r.blocked:.2f} s", f"a copy to the host alone takes {r.copy:.2f} s"),
         ("a save takes", f"{r.total:.2f} s", of_disk(r.raw_write, r.total)),
         ("the disk writes it in", f"{r.raw_write:.2f} s", rate(r.raw_write)),
         (

@@ -197,7 +197,7 @@ def _check(name: str, workload: Workload, sides, folder: str, say: Callable[[str
     """Hold what the sides say against each other."""
     ours, *peers = sides
     if peers:
-        say(f"{name}: comparing the greedy tokens of {', '.join(side.name for side in sides)}")
+        say(f"{name}: comparing greedy tokens")
     for side in sides:
         side.ask("setup", folder=folder, dtype="float32")
     prompts = _prompts(workload, 2, ours)
@@ -216,7 +216,8 @@ def _check(name: str, workload: Workload, sides, folder: str, say: Callable[[str
                 f"{said} and {words}"
             )
     if peers:
-        say(f"{name}: {workload.new} greedy tokens are the same on {len(made) + 1} sides")
+        names = ", ".join((OURS, *made))
+        say(f"{name}: {workload.new} greedy tokens are the same: {names}")
 
 
 def table(results: list[Result]) -> str:

@@ -11,6 +11,7 @@ from jaxlm.data.forms import Documents, Form
 from jaxlm.data.records import JSON_LINES, PARQUET, TSV
 from jaxlm.data.sources import text_column
 from jaxlm.data.tokens import Row
+from jaxlm.data_config import DataConfig
 from jaxlm.errors import UserError
 from jaxlm.tasks import classification, instruction, language_modelling, masked, translation
 from jaxlm.tasks.batch import Batch, packed_batch
@@ -45,6 +46,16 @@ def check_text_field(config: Config) -> None:
         f"data.text_field={data.text_field!r} has no effect, because plain text has no fields: "
         f"leave it out, or name a source that has them ({', '.join(endings)}, hf:NAME)"
     )
+
+
+def say_what_is_shared(data: DataConfig, say: Callable[[str], None]) -> None:
+    """Say it where sources to validate on are trained on, too."""
+    for spec in data.valid:
+        if spec in data.train:
+            say(
+                f"{spec} is in data.train and in data.valid: validation is of texts that are "
+                "trained on"
+            )
 
 
 def batch_maker(config: Config, prepared: Prepared) -> Callable[[Row], Batch]:

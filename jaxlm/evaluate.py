@@ -86,7 +86,7 @@ def _translations(name: str, figures: Figures, baseline: str | None) -> str:
     lines = [f"{language}: {text}".removeprefix(": ") for language, text in signatures]
     count = f"{figures['texts']:,} texts"
     if figures.get("left_out"):
-        count += f"; {figures['left_out']:,} are longer than the run's rows and left out"
+        count += f"; {figures['left_out']:,} left out as longer than the run's rows"
     count += _skipped(figures)
     return "\n".join([_table(rows), count, *lines, "", _losses(name, figures, None)])
 

@@ -191,9 +191,10 @@ def check_unchanged(run: Path, config: Config) -> None:
         differences = ", ".join(
             f"{key}={show(old[key])} there, {show(new[key])} now" for key in changed
         )
+        start = f" (with --init_from={run} it starts from this run's parameters)"
         raise UserError(
             f"{run} holds a run with another configuration ({differences}): give the same, or "
-            f"another --out (with --init_from={run} it starts from this run's parameters)"
+            f"another --out{'' if config.model.kind == 'ngram' else start}"
         )
 
 

@@ -281,7 +281,7 @@ def test_parquet_without_the_text(tmp_path):
         read(tmp_path, on_bad="error")
 
 
-def test_a_source_that_is_not_there(tmp_path):
+def test_a_source_that_is_not_there(tmp_path, monkeypatch):
     write(tmp_path / "corpus.txt", "x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("gone.txt")
@@ -299,5 +299,7 @@ def test_a_source_that_is_not_there(tmp_path):
         for reader in (read, source_fingerprint):
             with pytest.raises(UserError, match=message):
                 reader(str(tmp_path / name))
+    (tmp_path / "lab.tsv").touch()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="did you mean 'stdlib'"):
         read("stdlb")

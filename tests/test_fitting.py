@@ -76,7 +76,9 @@ def test_a_fitted_run_stays_as_it_is(arguments, fitted_run, capsys):
     assert train.main(arguments()) == 0
     assert "is fitted already" in capsys.readouterr().out
     assert (fitted_run / "metrics.jsonl").read_text() == before
-    with pytest.raises(UserError, match=r"model\.order=3 there, 4 now"):
+    with pytest.raises(
+        UserError, match=r"order=3 there, 4 now\): give the same, or another --out$"
+    ):
         train.main(arguments(model__order=4))
 
 

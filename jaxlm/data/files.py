@@ -73,7 +73,7 @@ def _why_missing(spec: str, path: Path) -> str:
         return f"it is a link to {os.readlink(path)}, which does not exist"
     if "," in spec:
         return f"there is no such file or folder; a list is written [{spec}]"
-    near = nearest_path(path) or nearest(spec, ["stdlib"])
+    near = nearest(spec, ["stdlib"]) or nearest_path(path)
     return f"there is no such file or folder{near}"
 
 

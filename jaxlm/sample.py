@@ -190,13 +190,12 @@ def _answers(model: LanguageModel, prompts: list, settings: dict) -> list[dict]:
     if model.config.task == "classification":
         found = classify(model, prompts, say=_say)
         return [{"label": c.label, "probabilities": c.probabilities} for c in found]
-    is_search = False
-    if model.config.task == "translation":
-        is_search = settings.keys() <= SEARCH
-        if "max_new_tokens" not in settings:  # as many as fit, which nobody needs to be told
-            room = model.config.model.max_seq_len
-            settings = settings | {"max_new_tokens": room, "say": lambda line: None}
-    answer = translate if is_search else generate
+    answer, translates = generate, model.config.task == "translation"
+    if translates and settings.keys() <= SEARCH:
+        answer = translate
+    elif translates and "max_new_tokens" not in settings:  # as `translate`: as many as fit
+        room = model.config.model.max_seq_len
+        settings = settings | {"max_new_tokens": room, "say": lambda line: None}
     return [{"text": text} for text in answer(model, prompts, **settings)]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -26,6 +27,12 @@ def ask_for_huge_pages() -> None:
     os.environ[TUNABLES] = f"{told}:{TUNABLE}=1".removeprefix(":")
     with contextlib.suppress(OSError):  # where a process may start no other
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def without_huge_pages(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what a command of jaxlm has set for itself."""
+    others = (t for t in environ.get(TUNABLES, "").split(":") if not t.startswith(f"{TUNABLE}="))
+    return {**environ, TUNABLES: ":".join(others)}
 
 
 def _has_to_ask() -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 import jaxlm
 from jaxlm import huge_pages
+from jaxlm.bench.turns import peer_on
 from jaxlm.huge_pages import TUNABLE, TUNABLES, ask_for_huge_pages
 
 WAITS = "always [madvise] never"
@@ -41,6 +42,15 @@ def test_other_tunables_stay(asked, monkeypatch):
     monkeypatch.setenv(TUNABLES, "glibc.malloc.arena_max=2")
     ask_for_huge_pages()
     assert os.environ[TUNABLES] == "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"
+
+
+def test_a_benchmark_starts_others_without_what_it_has_itself(asked, monkeypatch):
+    monkeypatch.setenv(TUNABLES, "glibc.malloc.arena_max=2")
+    ask_for_huge_pages()
+    assert peer_on("cpu") == os.environ | {
+        TUNABLES: "glibc.malloc.arena_max=2",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 @pytest.mark.parametrize(

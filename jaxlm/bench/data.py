@@ -7,7 +7,6 @@ and have to come to as many tokens. Every turn is a process of its own with an e
 import dataclasses
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.bench import tables
-from jaxlm.bench.turns import Competitor, Speed
+from jaxlm.bench.turns import Competitor, Speed, jax_on, peer_on
 from jaxlm.config import Config
 from jaxlm.data.corpus import Prepared, prepare
 from jaxlm.data.forms import Counts
@@ -146,7 +145,7 @@ def _prepare_theirs(work: Path, texts: Path, cache: Path) -> dict:
     asked.write_text(json.dumps(request | {"seq_len": SEQ_LEN, "out": str(cache)}))
     command = [sys.executable, "-P", str(PEER), str(asked)]
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=peer_on("cpu")) as process,
         Peak(process.pid) as peak,
     ):
         lines = process.stdout.read().splitlines()
@@ -171,8 +170,7 @@ def _load(train: str, rounds: int, say: Callable[[str], None]) -> Loading:
 
 
 def _side() -> Competitor:
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return Competitor(OURS, [sys.executable, "-m", "jaxlm.bench.data_jaxlm"], env)
+    return Competitor(OURS, [sys.executable, "-m", "jaxlm.bench.data_jaxlm"], jax_on("cpu"))
 
 
 def _made(folder: Path) -> Path:

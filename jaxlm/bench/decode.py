@@ -8,7 +8,6 @@ have to say the same.
 import dataclasses
 import functools
 import importlib.util
-import os
 import random
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from jaxlm.bench import tables
 from jaxlm.bench.drawing import bars
-from jaxlm.bench.turns import Competitor, Speed, chosen, jax_on, take_turns
+from jaxlm.bench.turns import Competitor, Speed, chosen, jax_on, peer_on, take_turns
 from jaxlm.errors import UserError
 
 CHECK_LAYERS = 2
@@ -188,9 +187,8 @@ def _start(name: str, device: str) -> Competitor:
     if name == OURS:
         command = [sys.executable, "-m", "jaxlm.bench.decode_jaxlm"]
         return Competitor(name, command, jax_on(device))
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    hidden |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return Competitor(name, [sys.executable, "-P", str(PEER), PEERS[name]], os.environ | hidden)
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return Competitor(name, [sys.executable, "-P", str(PEER), PEERS[name]], peer_on(device) | quiet)
 
 
 def _check(name: str, workload: Workload, sides, folder: str, say: Callable[[str], None]) -> None:

@@ -7,7 +7,6 @@ layers, which is quick), and their losses have to agree.
 
 import dataclasses
 import importlib.util
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from jaxlm.bench import tables
 from jaxlm.bench.drawing import bars
-from jaxlm.bench.turns import Competitor, Speed, chosen, jax_on, take_turns
+from jaxlm.bench.turns import Competitor, Speed, chosen, jax_on, peer_on, take_turns
 from jaxlm.cli import build_config
 from jaxlm.config import Config
 from jaxlm.errors import UserError
@@ -203,9 +202,8 @@ def _start(name: str, device: str, alone: bool) -> Competitor:
     if name in (OURS, BFLOAT16):
         command = [sys.executable, "-m", "jaxlm.bench.train_jaxlm"]
         return Competitor(name, command, jax_on(device, alone))
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     command = [sys.executable, "-P", str(PEER), *(["--compile"] if name == COMPILED else [])]
-    return Competitor(name, command, os.environ | hidden)
+    return Competitor(name, command, peer_on(device))
 
 
 def _told(name: str, ours: dict, config: Config) -> dict:

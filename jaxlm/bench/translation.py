@@ -7,6 +7,7 @@ and target, without padding). They run one after the other: each has the machine
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from jaxlm.cli import read_config
 from jaxlm.config import Config
 from jaxlm.data.corpus import prepare
 from jaxlm.errors import UserError
+from jaxlm.huge_pages import without_huge_pages
 from jaxlm.models.build import param_shapes
 from jaxlm.monitor import read_metrics
 from jaxlm.run_folder import find_step
@@ -125,7 +127,8 @@ def _peer(request: dict, references: list[str], language: str, out: Path, say) -
     asked.write_text(json.dumps(request), encoding="utf-8")
     if not answer.exists():
         say("training Marian by PyTorch")
-        subprocess.run([sys.executable, "-P", str(PEER), str(asked)], check=True)
+        command = [sys.executable, "-P", str(PEER), str(asked)]
+        subprocess.run(command, check=True, env=without_huge_pages(os.environ))
     found = json.loads(answer.read_text(encoding="utf-8"))
     scores = {}
     for beams in BEAMS:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxlm.bench.answering import MARK
 from jaxlm.errors import UserError
+from jaxlm.huge_pages import without_huge_pages
 
 
 class Competitor:
@@ -115,3 +116,9 @@ def jax_on(device: str, alone: bool = False) -> dict[str, str]:
     """
     platform, allocate = "cuda" if device == "gpu" else "cpu", "true" if alone else "false"
     return os.environ | {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": allocate}
+
+
+def peer_on(device: str) -> dict[str, str]:
+    """The environment of a side that is not jaxlm on `cpu` or `gpu`, as its users start it."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return without_huge_pages(os.environ) | hidden

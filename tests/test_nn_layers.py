@@ -24,7 +24,7 @@ from jaxlm.nn.layers import (
     normalise,
     normalise_on_gpu,
 )
-from jaxlm.nn.positions import apply_rope, rope_angles
+from jaxlm.nn.positions import apply_rope, rope_turns
 from jaxlm.sharding import split_boxes
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -112,8 +112,18 @@ def test_rotary_positions(ours, theirs):
     x = normal(2, 5, 3, head_dim)
     cos, sin = LlamaRotaryEmbedding(config)(as_torch(x), as_torch(positions))
     turned, _ = apply_rotary_pos_emb(as_torch(x), as_torch(x), cos, sin, unsqueeze_dim=2)
-    angles = rope_angles(jnp.asarray(positions), head_dim, theta, ours)
-    np.testing.assert_allclose(apply_rope(jnp.asarray(x), angles), turned, atol=2e-5)
+    turns = rope_turns(jnp.asarray(positions), head_dim, theta, ours)
+    np.testing.assert_allclose(apply_rope(jnp.asarray(x), turns), turned, atol=2e-5)
+
+
+def test_cosines_are_computed_once_for_all_that_read_them():
+    def turned(q, k, positions):
+        turns = rope_turns(positions, 8, 10_000.0, None)
+        return apply_rope(q, turns), apply_rope(k, turns)
+
+    x = jnp.zeros((2, 5, 3, 8))
+    compiled = jax.jit(turned).lower(x, x, jnp.zeros((2, 5), jnp.int32)).compile()
+    assert compiled.as_text().count(" cosine(") == 1
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -155,7 +155,7 @@ def _measure(
             side.ask("steps", count=2)
         per_step = sides[0].ask("steps", count=1)["seconds"]
         count = max(1, round(workload.seconds / per_step))
-        seconds = take_turns(sides, rounds, count=count)
+        seconds = take_turns(sides, rounds, count=count, untimed=1)
         memory = {side.name: side.ask("memory")["peak_bytes"] for side in sides}
         dispatch = sides[0].ask("dispatch")["seconds"]
         say(f"{name}: the call of a step returns in {1e3 * dispatch:.2f} ms")

@@ -12,7 +12,7 @@ from jaxlm.models.stack import init_stack, run_stack
 from jaxlm.nn.attention import LayerCache, Places, constrain_cache
 from jaxlm.nn.flash import segments_of
 from jaxlm.nn.layers import EMBEDDING, WORDS, Dropout, Embed, residual_norm
-from jaxlm.nn.positions import RelativeBias, rope_angles, sinusoids
+from jaxlm.nn.positions import RelativeBias, rope_turns, sinusoids
 from jaxlm.parallel.pipeline import Schedule
 from jaxlm.sharding import constrain
 
@@ -69,7 +69,7 @@ class Trunk:
         tokens = jnp.zeros((1, 1), jnp.int32)
         x = jnp.zeros((1, 1, c.d_model), self.dtype)
         places = Places(tokens)
-        inputs = {"places": places, "angles": self._angles(places)[0], "memory": (x, places)}
+        inputs = {"places": places, "turns": self._turns(places)[0], "memory": (x, places)}
 
         def block(key):
             return self._block(False).init(key, x, dropout=None, **inputs)["params"]
@@ -126,7 +126,7 @@ class Trunk:
                 x,
                 dropout=masks,
                 places=places,
-                angles=self._angles(places)[local],
+                turns=self._turns(places)[local],
                 memory=memory,
                 cache=layer_cache,
                 **inputs,
@@ -189,16 +189,16 @@ class Trunk:
             x = self._norm().apply({"params": params["embedding_norm"]}, x)
         return x if dropout is None else dropout(x, c.dropout, EMBEDDING)
 
-    def _angles(self, places: Places):
-        """Rotary angles of (global, local) layers, or (None, None)."""
+    def _turns(self, places: Places):
+        """Rotary turns of (global, local) layers, or (None, None)."""
         c = self.config
         if c.positions != "rotary":
             return None, None
         positions, size = places.positions, c.rotary_size
-        everywhere = rope_angles(positions, size, c.rope_theta, c.rope_scaling)
+        everywhere = rope_turns(positions, size, c.rope_theta, c.rope_scaling)
         if c.rope_local_theta is None:
             return everywhere, everywhere
-        return everywhere, rope_angles(positions, size, c.rope_local_theta, None)
+        return everywhere, rope_turns(positions, size, c.rope_local_theta, None)
 
     def _block(self, local: bool):
         return Block(self.config, local, self.dtype, self.causal, self.reads_source)

@@ -244,7 +244,7 @@ class Attention(nn.Module):
         x_btd,
         *,
         places: Places,
-        angles=None,
+        turns=None,
         bias_bnts=None,
         dropout: Dropout | None = None,
         cache: LayerCache | None = None,
@@ -257,8 +257,8 @@ class Attention(nn.Module):
         S entries stand, the new ones included. Returns ([B, T, D], the cache written to).
         """
         q, k, v = (self._project(name, x_btd) for name in "qkv")
-        if angles is not None:
-            q, k = apply_rope(q, angles), apply_rope(k, angles)
+        if turns is not None:
+            q, k = apply_rope(q, turns), apply_rope(k, turns)
         keys = places
         if cache is not None:
             cache = dataclasses.replace(

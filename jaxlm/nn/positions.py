@@ -1,5 +1,6 @@
 """How a model knows positions: rotary and sinusoidal ones, and biases by distance."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -13,7 +14,22 @@ from jaxlm.sharding import constrain, with_axes
 SINUSOID_BASE = 10_000.0
 
 
-def rope_angles(positions_bt, size: int, theta: float, scaling: RopeScaling | None):
+def rope_turns(positions_bt, size: int, theta: float, scaling: RopeScaling | None):
+    """What `apply_rope` turns R features by at their positions: cosines and sines [B, T, R/2]."""
+    angles = _angles(positions_bt, size, theta, scaling)
+    return _computed_once(jnp.cos(angles)), jnp.sin(angles)
+
+
+def _computed_once(table):
+    """`table`, none of whose values is over 1, for loops to read on CPUs, and not to compute.
+
+    XLA's CPU compiler has every loop compute anew, for every head, what it holds for cheap: cosines
+    are, a remainder is not. It takes optimization barriers out before it decides.
+    """
+    return jax.lax.rem(table, 2.0) if jax.default_backend() == "cpu" else table
+
+
+def _angles(positions_bt, size: int, theta: float, scaling: RopeScaling | None):
     """Angles [B, T, R/2], float32, of rotary positions of R features (Su et al., 2021)."""
     inverse = theta ** -(np.arange(0, size, 2, dtype=np.float64) / size)
     if scaling is not None and scaling.kind == "linear":
@@ -32,14 +48,14 @@ def _llama3_scaled(inverse: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return inverse * (blend + (1.0 - blend) / scaling.factor)
 
 
-def apply_rope(x_btnh, angles_bth):
-    """Turn the pairs (i, i + R/2) of every head's first R features by their angles [B, T, R/2].
+def apply_rope(x_btnh, turns):
+    """Turn the pairs (i, i + R/2) of every head's first R features as `rope_turns` says.
 
     In float32, returned as `x`.
     """
-    half = angles_bth.shape[-1]
+    cos, sin = (table[:, :, None, None, :] for table in turns)
+    half = cos.shape[-1]
     turned, rest = jnp.split(x_btnh.astype(jnp.float32), (2 * half,), axis=-1)
-    cos, sin = jnp.cos(angles_bth)[:, :, None, None, :], jnp.sin(angles_bth)[:, :, None, None, :]
     pairs = turned.reshape(*turned.shape[:-1], 2, half)
     # Reversed instead of concatenated from its halves: a CPU takes half of the time for it.
     pairs = pairs * cos + pairs[..., ::-1, :] * jnp.concatenate([-sin, sin], -2)
@@ -55,7 +71,7 @@ def sinusoids(positions_bt, d_model: int):
     All sines come before all cosines, as in Marian; the paper has them in turn, which for a model
     is only another order of features.
     """
-    angles = rope_angles(positions_bt, d_model, SINUSOID_BASE, None)
+    angles = _angles(positions_bt, d_model, SINUSOID_BASE, None)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 

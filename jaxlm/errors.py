@@ -34,7 +34,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 def nearest_path(path: Path, pattern: str = "*") -> str:
     """`nearest` for a path that is not there, of what matches `pattern` in its folder."""
-    beside = {other.stem: str(other) for other in path.parent.glob(pattern)}
+    hidden = path.name.startswith(".")
+    others = (other for other in path.parent.glob(pattern) if other.name.startswith(".") == hidden)
+    beside = {other.stem: str(other) for other in others}
     match = difflib.get_close_matches(path.stem, beside, n=1, cutoff=0.5)
     return f"; did you mean {beside[match[0]]!r}?" if match else ""
 

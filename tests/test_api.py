@@ -205,6 +205,9 @@ def test_paths_that_hold_no_run_are_one_sentence(trained_run, tmp_path):
     }.items():
         with pytest.raises(jaxlm.UserError, match=words):
             jaxlm.load(path)
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(jaxlm.UserError, match="does not exist: give a run folder"):
+        jaxlm.load(tmp_path / "gpt2")
     with pytest.raises(jaxlm.UserError, match="num_kv_heads=2 does not divide over tp=4"):
         jaxlm.load(trained_run, mesh="tp4")
     with pytest.raises(jaxlm.UserError, match="float16"):

@@ -80,6 +80,22 @@ def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_benchmark_that_is_refused_leaves_no_folder_but_what_was_there(tmp_path):
+    for kept in (False, True):
+        out = tmp_path / str(kept)
+        if kept:
+            out.mkdir()
+            (out / "results.json").write_text("{}", encoding="utf-8")
+        with pytest.raises(UserError, match="--models=2B: use 14M"):
+            bench.main(["train", "--on=cpu", "--models=2B", f"--out={out}"])
+        assert out.exists() == kept
+
+
+def test_without_a_name_the_benchmarks_are_named():
+    with pytest.raises(UserError, match=re.escape("|".join([*bench.BENCHMARKS, "all"]))):
+        bench.main([])
+
+
 def workloads(**models):
     train_ = {"batch_size": 2, "loss_block": 8}
     settings = {name: {"model": model, "train": train_} for name, model in models.items()}

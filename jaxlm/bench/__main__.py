@@ -1,6 +1,7 @@
 """`python -m jaxlm.bench NAME`: jaxlm beside what a user would take instead."""
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -46,7 +47,12 @@ def _run(name: str, out: Path, command: str, arguments: dict) -> None:
     if "on" in arguments:
         arguments["device"] = _device(arguments.pop("on"))
     out.mkdir(parents=True, exist_ok=True)
-    results = benchmark.run(out=out, say=_say, **arguments)
+    try:
+        results = benchmark.run(out=out, say=_say, **arguments)
+    except UserError:
+        with contextlib.suppress(OSError):  # it holds what was measured before
+            out.rmdir()
+        raise
     figures = {
         "date": datetime.date.today().isoformat(),
         "command": command,
@@ -95,10 +101,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure jaxlm beside what a user would take instead, on the same work.",
         allow_abbrev=False,
     )
-    names = parser.add_subparsers(dest="benchmark", required=True, parser_class=OneSentenceParser)
     helps = {name: text for name, (_, text) in BENCHMARKS.items()} | {
         "all": f"{', '.join(ALL)}: what needs no pairs of texts"
     }
+    names = parser.add_subparsers(
+        dest="benchmark",
+        metavar="|".join(helps),
+        required=True,
+        parser_class=OneSentenceParser,
+    )
     for name, text in helps.items():
         one = names.add_parser(name, help=text, allow_abbrev=False)
         if name in ("train", "decode", "checkpoint", "all"):

@@ -115,7 +115,7 @@ def head_params(config: ModelConfig, params: dict) -> dict:
     if not config.tie_embeddings:
         return {VOCABULARY_HEAD: head}
     if jax.default_backend() == "cpu" and is_whole():
-        turned = jax.lax.optimization_barrier(params["embed"]["embedding"].T)
+        turned = params["embed"]["embedding"].T
         return {VOCABULARY_HEAD: head | {"kernel": turned}}
     return {VOCABULARY_HEAD: head, "embed": params["embed"]}
 

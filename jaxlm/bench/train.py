@@ -68,9 +68,7 @@ WORKLOADS = {
                 },
                 "train": {"batch_size": 8},
             },
-            # Of a virtual machine's memory, what is free while others have their turn may be taken
-            # back: the first step of a turn pays for it.
-            seconds=6.0,
+            seconds=6.0,  # some five steps: one alone may be a fifth slower than the next
         )
     },
     "gpu": {

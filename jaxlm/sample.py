@@ -18,7 +18,7 @@ from jaxlm.errors import UserError
 from jaxlm.tasks.translation import languages_of
 from jaxlm.texts import classify, generate, translate
 
-# What `translate` takes; with any other setting a translation is sampled instead.
+# What a search takes; with any other setting a translation is sampled instead.
 SEARCH = {"max_new_tokens", "num_beams", "length_penalty", "target", "say"}
 
 # The tasks whose models go on with a text.
@@ -190,13 +190,12 @@ def _answers(model: LanguageModel, prompts: list, settings: dict) -> list[dict]:
     if model.config.task == "classification":
         found = classify(model, prompts, say=_say)
         return [{"label": c.label, "probabilities": c.probabilities} for c in found]
-    answer, translates = generate, model.config.task == "translation"
-    if translates and settings.keys() <= SEARCH:
-        answer = translate
-    elif translates and "max_new_tokens" not in settings:  # as `translate`: as many as fit
-        room = model.config.model.max_seq_len
-        settings = settings | {"max_new_tokens": room, "say": lambda line: None}
-    return [{"text": text} for text in answer(model, prompts, **settings)]
+    if model.config.task == "translation":
+        sampled = {} if settings.keys() <= SEARCH else {"temperature": 1.0}
+        found = translate(model, prompts, **sampled | settings)
+    else:
+        found = generate(model, prompts, **settings)
+    return [{"text": text} for text in found]
 
 
 def _requests(file: Path, keys: Sequence[str]) -> Iterator[dict]:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jaxlm.bench import __main__ as bench
-from jaxlm.bench import checkpoint, data, decode, scale, train
+from jaxlm.bench import checkpoint, data, decode, scale, train, turns
 from jaxlm.errors import UserError
 
 TINY = {
@@ -89,6 +89,22 @@ def test_a_benchmark_that_is_refused_leaves_no_folder_but_what_was_there(tmp_pat
         with pytest.raises(UserError, match="--models=2B: use 14M"):
             bench.main(["train", "--on=cpu", "--models=2B", f"--out={out}"])
         assert out.exists() == kept
+
+
+def test_turns_rotate_and_begin_with_steps_that_are_not_timed():
+    class Side:
+        def __init__(self, name, seconds):
+            self.name, self.seconds = name, iter(seconds)
+
+        def ask(self, do, count):
+            asked.append((self.name, count))
+            return {"seconds": next(self.seconds)}
+
+    asked = []
+    sides = [Side("a", [9.0, 4.0, 9.0, 6.0]), Side("b", [8.0, 2.0, 8.0, 2.0])]
+    seconds = turns.take_turns(sides, 2, count=2, untimed=1)
+    assert seconds == {"a": [2.0, 3.0], "b": [1.0, 1.0]}
+    assert asked == [(name, count) for name in "abba" for count in (1, 2)]
 
 
 def test_without_a_name_the_benchmarks_are_named():

@@ -68,7 +68,7 @@ WORKLOADS = {
                 },
                 "train": {"batch_size": 8},
             },
-            seconds=6.0,  # some five steps: one alone may be a fifth slower than the next
+            seconds=6.0,  # five steps or so
         )
     },
     "gpu": {

@@ -13,9 +13,9 @@ named tuples, None, empty containers) is the program's business, and what is ask
 decides it. Orbax restores flipped bits silently, therefore the checksums.
 """
 
+import contextlib
 import errno
 import json
-import logging
 import math
 import os
 import re
@@ -32,21 +32,13 @@ import orbax.checkpoint as ocp
 
 from jaxlm.errors import UserError
 from jaxlm.manifest import MANIFEST, verify, write_manifest
+from jaxlm.orbax_noise import late_reports_dropped
 from jaxlm.processes import ALONE, Group
 
 STATE = "state"
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
 _TRASH = "trash_"
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-# Orbax logs every stage of a save, and a failure's traceback several times over. What a user has
-# to know of a failure is in the UserError.
-logging.getLogger("absl").addFilter(_not_from_orbax)
 
 
 class Checkpoints:
@@ -66,6 +58,8 @@ class Checkpoints:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._saves = 0
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(late_reports_dropped())
 
     def save(
         self,
@@ -119,6 +113,7 @@ class Checkpoints:
         finally:
             self._background.shutdown()
             self._orbax.close()
+            self._quiet.close()
 
     def __enter__(self) -> Self:
         return self

@@ -428,11 +428,13 @@ def start_child(program, *arguments):
 FILL_DISK = """
 with open_run(run) as checkpoints:
     write(checkpoints, 100)
-    write(checkpoints, 200, {"w": jax.random.normal(jax.random.key(0), (1024, 1024))})
-    try:
-        checkpoints.wait()
-    except UserError as error:
-        print(error)
+    many = {str(n): jax.random.normal(jax.random.key(0), (256, 256)) for n in range(24)}
+    for _ in range(3):
+        write(checkpoints, 200, many)
+        try:
+            checkpoints.wait()
+        except UserError as error:
+            print(error)
     print(sorted(path.name for path in Path(run, "checkpoints").iterdir()))
     write(checkpoints, 300)
 print(latest_sound(run, print))
@@ -456,8 +458,11 @@ def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_survives(small_
     run = small_disk / "run"
     output, errors = start_child(FILL_DISK, run).communicate(timeout=120)
     assert output.splitlines() == [
-        f"{run}/checkpoints has no space left for checkpoint step_00000200 "
-        "(step_00000100 is intact): free some, or lower checkpoint.keep, and resume",
+        *[
+            f"{run}/checkpoints has no space left for checkpoint step_00000200 "
+            "(step_00000100 is intact): free some, or lower checkpoint.keep, and resume"
+        ]
+        * 3,
         "['step_00000100']",
         "300",
     ]

@@ -45,7 +45,7 @@ FLOORS = [
     {"data", "optim", "parallel", "picture"},
     {"nn", "losses"},
     {"models"},
-    {"tasks", "checkpoint"},
+    {"tasks", "checkpoint", "orbax_noise"},
     {"step", "decode", "decode_params", "decode_ngram", "beam", "padding", "sampling"},
     {"export"},
     {

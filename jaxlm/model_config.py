@@ -158,8 +158,8 @@ class ModelConfig:
     """Multiply matrices of layers in float8 in training (NVIDIA Hopper, Ada and newer)."""
     attention: Literal["auto", "plain", "stored", "blocked", "xla", "cudnn"] = "auto"
     """Attention backend; auto picks the fastest that can do what is asked for."""
-    stack: Literal["scan", "unroll"] = "scan"
-    """Run layers by a scan (compiles quickly) or unrolled (runs faster)."""
+    stack: Literal["auto", "scan", "unroll"] = "auto"
+    """Run layers by a scan (compiles quickly) or unrolled (runs faster); auto: few are unrolled."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
 

@@ -202,9 +202,14 @@ def held(leaf) -> int:
 
 
 def layered(mesh: str, layers: int, **model) -> Audit:
-    """A stack of so many layers, whose loss is one block: what differs is the layers'."""
+    """A scan of so many layers, whose loss is one block: what differs is the layers'."""
     train = {"loss_block": 24}
-    return Audit(mesh, model={"num_layers": layers} | model, optim={"name": "sgd"}, train=train)
+    return Audit(
+        mesh,
+        model={"num_layers": layers, "stack": "scan"} | model,
+        optim={"name": "sgd"},
+        train=train,
+    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -18,6 +18,7 @@ from jaxlm.model_config import ModelConfig
 from jaxlm.models import head
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.head import head_params
+from jaxlm.models.stack import FEW
 from jaxlm.nn.attention import Places
 from jaxlm.nn.layers import Dropout, residual_std
 from jaxlm.sharding import as_tree, split_boxes
@@ -149,6 +150,22 @@ def outcome(stack: str, remat: str):
 @pytest.mark.slow
 def test_stacks_run_alike(stack, remat):
     jax.tree.map(assert_close, outcome(stack, remat), outcome("unroll", "none"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "loops"),
+    [
+        ({"num_layers": FEW}, 0),
+        ({"num_layers": FEW + 1}, 1),
+        ({"num_layers": 2, "remat": "full"}, 1),
+        ({"num_layers": 2, "stack": "scan"}, 1),
+    ],
+)
+def test_few_layers_are_unrolled(fields, loops):
+    config = tiny(attention="plain", **fields)
+    params = jax.eval_shape(lambda: initial(config))
+    traced = jax.jit(functools.partial(run, config)).lower(params, tokens_of(31, (2, 8)))
+    assert traced.as_text().count("stablehlo.while") == loops
 
 
 def products(remat: str) -> int:

@@ -64,7 +64,6 @@ WORKLOADS = {
                     "vocab_size": 8192,
                     "max_seq_len": 256,
                     "dtype": "float32",
-                    "stack": "unroll",
                 },
                 "train": {"batch_size": 8},
             },

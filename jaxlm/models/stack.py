@@ -10,6 +10,9 @@ from flax import linen as nn
 from jaxlm.nn.layers import PRODUCT
 from jaxlm.parallel.pipeline import Schedule, run_pipeline
 
+# The most layers that `auto` unrolls.
+FEW = 12
+
 # What the backward pass may keep instead of recomputing.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.nothing_saveable,
@@ -76,6 +79,7 @@ def run_stack(
     def one(kind, params, x, rows, layer):
         return apply(kind, params, x, rows, layer, None)[:2]
 
+    scan = mode == "scan" or (mode == "auto" and _is_scan_due(_length(layers), remat))
     piped = schedule.stages > 1
     if remat == "full" or (remat == "dots" and not piped):
         # A scan already keeps the compiler from undoing the recomputation.
@@ -83,11 +87,11 @@ def run_stack(
             one,
             policy=REMAT_POLICIES[remat],
             static_argnums=(0,),
-            prevent_cse=mode != "scan",
+            prevent_cse=not scan,
         )
 
     def run(layers, x, rows, first=0):
-        return _run_layers(one, layers, x, rows, first, period, mode)
+        return _run_layers(one, layers, x, rows, first, period, scan)
 
     if piped:
         run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
@@ -95,10 +99,19 @@ def run_stack(
     return *run(layers, x, rows), None
 
 
-def _run_layers(one: Callable, layers, x, rows, first, period: int, mode: str):
+def _is_scan_due(length: int, remat: str) -> bool:
+    """Whether layers written out would compile too long, or hold too much.
+
+    Of layers written out the compiler keeps what was to be computed, or gathered by fsdp, again.
+    """
+    fsdp = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1)
+    return length > FEW or remat != "none" or fsdp > 1
+
+
+def _run_layers(one: Callable, layers, x, rows, first, period: int, scan: bool):
     """Stacked layers in sequence, `first` the index of the first; returns (x, sums by layer)."""
     length = _length(layers)
-    scanned = length // period * period if mode == "scan" else 0
+    scanned = length // period * period if scan else 0
 
     def one_period(x, step):
         params, index = step

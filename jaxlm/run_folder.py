@@ -43,6 +43,7 @@ CHANGEABLE = (
     "data.prefetch",
 )
 CHANGEABLE += ("train.eval_every", "train.sample_")
+CHANGEABLE += ("model.stack", "model.remat", "train.accumulation", "train.loss_block")
 
 
 def find_step(path: Path, which: str = "last") -> Path:
@@ -71,12 +72,16 @@ def find_step(path: Path, which: str = "last") -> Path:
         )
     if not is_run and path.name == "checkpoints":
         raise UserError(f"{path} is a run's folder of checkpoints: give its parent, {path.parent}")
+    steps = complete_steps(path)
+    if not is_run and steps:
+        raise UserError(
+            f"run {path} has no {CONFIG}: restore it, a copy is in {step_folder(path, steps[-1])}"
+        )
     if not is_run:
         raise UserError(
             f"{path} is not a run folder, nor a model of transformers: it has no {CONFIG} and no "
             "config.json; give what train's --out was, such as runs/default"
         )
-    steps = complete_steps(path)
     if not steps:
         raise UserError(f"run {path} has no complete checkpoint yet: train it for longer")
     if which == "last":

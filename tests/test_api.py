@@ -10,6 +10,7 @@ import pytest
 
 import jaxlm
 from jaxlm import sample
+from jaxlm.checkpoint import complete_steps, step_folder
 from jaxlm.data.loader import Rows
 from jaxlm.loading import load_params, read_model
 from jaxlm.mesh import make_mesh
@@ -187,8 +188,8 @@ def test_settings_out_of_range_are_one_sentence(model, settings, words):
 
 
 def test_paths_that_hold_no_run_are_one_sentence(trained_run, tmp_path):
-    both, neither, other, early = (
-        tmp_path / name for name in ("both", "neither", "other", "early")
+    both, neither, other, early, bare = (
+        tmp_path / name for name in ("both", "neither", "other", "early", "bare")
     )
     for folder in (both, neither, other, early):
         folder.mkdir()
@@ -196,11 +197,14 @@ def test_paths_that_hold_no_run_are_one_sentence(trained_run, tmp_path):
         (folder / "config.json").write_text("{}")
     for folder in (both, early):
         shutil.copy(trained_run / "config.yaml", folder)
+    step = complete_steps(trained_run)[-1]
+    shutil.copytree(step_folder(trained_run, step), step_folder(bare, step))
     for path, words in {
         both: "keep them in folders of their own",
         neither: "is not a run folder",
         other: "model_type=None, for which jaxlm has no table",
         early: "no complete checkpoint yet",
+        bare: f"has no config.yaml: restore it, a copy is in {step_folder(bare, step)}",
         tmp_path / "nowhere": "does not exist",
     }.items():
         with pytest.raises(jaxlm.UserError, match=words):

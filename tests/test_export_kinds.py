@@ -184,7 +184,7 @@ def test_minilm_is_minilm(capsys):
 @pytest.mark.parametrize(
     ("kind", "changes", "to", "sentence"),
     [
-        ("translator", {}, "gguf", "use to='hf', the run itself by jaxlm.load, or a model of kind"),
+        ("translator", {}, "gguf", "use hf, the run itself by jaxlm.load, or a model of kind"),
         ("translator", {}, "stablehlo", "cannot be exported to stablehlo"),
         ("llama", {}, "gguf", "a classifier (model.labels) cannot be exported to gguf"),
         (

@@ -21,6 +21,7 @@ from jaxlm.data_config import DataConfig
 from jaxlm.errors import NonFiniteError, UserError
 from jaxlm.monitor import read_metrics
 from jaxlm.processes import Group
+from jaxlm.run_folder import check_unchanged
 from jaxlm.tasks.batch import Batch
 from jaxlm.tasks.build import say_what_is_shared
 from jaxlm.tasks.translation import ReferencePair
@@ -389,3 +390,19 @@ def test_another_configuration_is_refused_before_anything_is_prepared(
     monkeypatch.setattr(train, "prepare_together", lambda *_: pytest.fail("prepared"))
     with pytest.raises(UserError, match="with another configuration"):
         train.main(arguments(out=trained_run, optim__learning_rate=0.5))
+
+
+def test_a_continued_run_may_compute_the_same_otherwise(trained_run):
+    config = read_config(trained_run / "config.yaml")
+    fields = {
+        "model": {"stack": "scan", "remat": "full"},
+        "train": {"accumulation": config.train.batch_size, "loss_block": 1},
+    }
+    changed = {
+        section: dataclasses.replace(getattr(config, section), **values)
+        for section, values in fields.items()
+    }
+    check_unchanged(trained_run, dataclasses.replace(config, **changed))
+    dropout = dataclasses.replace(config.model, dropout=0.5)
+    with pytest.raises(UserError, match=r"configuration \(model.dropout=0.0 there, 0.5 now\)"):
+        check_unchanged(trained_run, dataclasses.replace(config, model=dropout))

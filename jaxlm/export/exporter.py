@@ -96,7 +96,7 @@ def check_kind(to: str, config: ModelConfig) -> None:
     transformers = "decoder", "encoder", "encoder_decoder"
     kinds = transformers if to == "hf" else ("decoder",)
     if config.kind not in kinds:
-        other = "to='hf', " if config.kind in transformers else ""
+        other = "hf, " if config.kind in transformers else ""
         raise UserError(
             f"model.kind={config.kind} cannot be exported to {to}, which has no such models: use "
             f"{other}the run itself by jaxlm.load, or a model of kind {' or '.join(kinds)}"
@@ -104,7 +104,7 @@ def check_kind(to: str, config: ModelConfig) -> None:
     if config.labels is not None and to != "hf":
         raise UserError(
             f"a classifier (model.labels) cannot be exported to {to}, which takes language models: "
-            "use to='hf'"
+            "use hf"
         )
 
 

@@ -115,8 +115,9 @@ class TrainConfig:
     mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """masked_language_modelling: share of tokens to predict; of these 80 % are masked and 10 % are
     replaced by another (Devlin et al., 2019)."""
-    loss_block: Count = 64
-    """Positions of each row whose logits are held at a time."""
+    loss_block: Count | None = None
+    """Positions of each row whose logits are held at a time. null: 64, or on GPUs so many that a
+    device's logits take 1 GiB."""
     eval_every: Natural = 40
     """Steps between validations; 0: only at the end."""
     eval_batches: Natural = 20

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -41,6 +42,24 @@ class Objective:
     block: int
     z_loss: float = 0.0
     smoothing: float = 0.0
+
+
+LEAST_BLOCK = 64
+LOGITS_BYTES = 2**30
+
+
+def usual_block(rows: int, vocab_size: int) -> int:
+    """How many positions of each of `rows` rows to hold the logits of, where nobody says.
+
+    On CPUs few, whose logits stay in the caches. A GPU reads the head anew for every block, and
+    adds to its gradient: there a device's logits may take LOGITS_BYTES.
+    """
+    if jax.default_backend() == "cpu":
+        return LEAST_BLOCK
+    mesh = jax.sharding.get_abstract_mesh()
+    tokens = mesh_axes(("batch", "length"), omit=frozenset(mesh.manual_axes))
+    devices = math.prod(mesh.shape.get(axis, 1) for axis in axes_of(tokens))
+    return max(LEAST_BLOCK, devices * LOGITS_BYTES // (4 * vocab_size * rows))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

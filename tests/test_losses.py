@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from jaxlm.losses import Objective, blocked_cross_entropy, blocked_token_nll
+from jaxlm.losses import Objective, blocked_cross_entropy, blocked_token_nll, usual_block
+from jaxlm.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -102,3 +103,15 @@ def test_blocks_save_the_memory_of_the_logits():
     logits = 4 * length * vocab * 4
     assert temporary_bytes(length) >= logits
     assert temporary_bytes(16) < logits / 4
+
+
+def test_where_nobody_says_a_gpus_block_has_logits_of_a_gibibyte(monkeypatch):
+    rows, vocab_size = 8, 2**16
+    assert usual_block(rows, vocab_size) == 64
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert usual_block(rows, vocab_size) == 2**30 // (4 * vocab_size * rows) == 512
+    assert usual_block(rows, 2**21) == 64
+    meshes = {"dp4,tp2": 4 * 512, "fsdp2,cp4": 8 * 512, "pp2,dp4": 8 * 512}
+    for mesh, block in meshes.items():
+        with jax.set_mesh(make_mesh(mesh)):
+            assert usual_block(rows, vocab_size) == block

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import TrainConfig
 from jaxlm.data.tokens import Row
-from jaxlm.losses import Objective, blocked_cross_entropy
+from jaxlm.losses import Objective, blocked_cross_entropy, usual_block
 from jaxlm.models.head import head_params
 from jaxlm.nn.attention import Places, Source
 from jaxlm.nn.layers import Dropout
@@ -59,7 +59,8 @@ def batch_loss(model, params, batch: Batch, config: TrainConfig, dropout: Dropou
         # A product, as the partitioner aborts at a gather inside of manual axes.
         is_read_bnt = jax.nn.one_hot(batch.reads, hidden_btd.shape[1], dtype=hidden_btd.dtype)
         hidden_btd = jnp.einsum("bnt,btd->bnd", is_read_bnt, hidden_btd)
-    objective = Objective(model.logits, config.loss_block, config.z_loss, config.label_smoothing)
+    block = config.loss_block or usual_block(len(hidden_btd), model.config.vocab_size)
+    objective = Objective(model.logits, block, config.z_loss, config.label_smoothing)
     total, sums = blocked_cross_entropy(
         objective, head_params(model.config, params), hidden_btd, batch.targets, batch.weights
     )

@@ -345,7 +345,7 @@ def test_reversal_is_learnt(kind):
         )
 
     train = tiny_config().train
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 500))
 
     @jax.jit
     def update(params, state, key):

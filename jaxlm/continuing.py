@@ -58,7 +58,7 @@ def make_settings(
     counts = {"max_new_tokens": max_new_tokens, "num_samples": num_samples, "seed": seed}
     number, whole = numbers.Real, numbers.Integral
     limits = (
-        ("temperature", sampling.temperature, number, 0, math.inf, "0 or more"),
+        ("temperature", sampling.temperature, number, 0, math.inf, "a number, 0 or more"),
         ("top_k", sampling.top_k, whole, 1, math.inf, "a whole number above 0"),
         ("top_p", sampling.top_p, number, 1e-9, 1, "above 0 and at most 1"),
         ("min_p", sampling.min_p, number, 0, 1, "from 0 to 1"),
@@ -86,6 +86,11 @@ def make_settings(
                     f"{name}={value} has no effect with temperature=0, which takes the likeliest "
                     "token: leave one of them out"
                 )
+        if num_samples > 1 and beams.num_beams == 1:
+            raise UserError(
+                f"num_samples={num_samples} would give the same text each time with temperature=0: "
+                "leave one of them out"
+            )
     if "" in stops:
         raise UserError("stop holds an empty string, which would end every text at once: drop it")
     _check_beams(sampling, beams, num_samples)

@@ -16,7 +16,7 @@ from jaxlm.api import LanguageModel, load
 from jaxlm.cli import OneSentenceParser, run_command
 from jaxlm.errors import UserError
 from jaxlm.tasks.translation import languages_of
-from jaxlm.texts import classify, generate, translate
+from jaxlm.texts import NoRoom, classify, generate, translate
 
 # What a search takes; with any other setting a translation is sampled instead.
 SEARCH = {"max_new_tokens", "num_beams", "length_penalty", "target", "say"}
@@ -57,6 +57,9 @@ def _check_options(asked: dict, chats: bool) -> None:
     for option, given, other, there in needs:
         if given and not there:
             raise UserError(f"{option} has no effect without {other}: give both or none")
+    files = [Path(asked[name] or "").expanduser().resolve() for name in ("out", "prompts")]
+    if asked["out"] is not None and files[0] == files[1]:
+        raise UserError(f"--out={asked['out']} is the file of --prompts: give another")
     if asked["prompts"] is not None and (chats or asked["prompt"] is not None):
         other = "--chat" if chats else "--prompt"
         raise UserError(f"--prompts answers a whole file: leave out {other}, or --prompts")
@@ -94,11 +97,15 @@ def _interact(say: Callable[[str], None]) -> None:
             if is_typed:
                 print(file=sys.stderr)
             return
-        if not line:
+        if not line and is_typed:
             return
+        if not line:
+            continue
         try:
             say(line)
         except UserError as error:
+            if not is_typed:
+                raise
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -139,8 +146,24 @@ class _Chat:
 
     def __call__(self, text: str) -> None:
         asked = [*self._said, {"role": "user", "content": text}]
-        answer = _print(_pieces(self._model, asked, self._settings))
-        self._said = [*asked, {"role": "assistant", "content": answer}]
+        pieces = self._pieces(asked)
+        self._said = [*asked, {"role": "assistant", "content": _print(pieces)}]
+
+    def _pieces(self, asked: list[dict]) -> Iterator[str]:
+        """The answer, without the oldest questions and answers, which it deletes, if need be."""
+        count = len(asked)
+        oldest = int(asked[0]["role"] == "system")
+        while True:
+            try:
+                pieces = _pieces(self._model, asked, self._settings)
+                break
+            except NoRoom:
+                if len(asked) < oldest + 3:
+                    raise
+                del asked[oldest : oldest + 2]
+        if len(asked) < count:
+            _say("(the oldest messages are left out: the model has no room for all)")
+        return pieces
 
 
 def _say(line: str) -> None:

@@ -15,6 +15,7 @@ from jaxlm.beam import Beams
 from jaxlm.chat import Message, encode_prompt, turn_end
 from jaxlm.continuing import ROWS_AT_ONCE, Row, Settings, continue_rows, make_settings, stream_row
 from jaxlm.data.forms import counted
+from jaxlm.data.records import BadRecord
 from jaxlm.errors import UserError
 from jaxlm.sampling import Sampling
 from jaxlm.tasks.classification import encode_texts
@@ -50,6 +51,10 @@ class Classification:
     """The likeliest label."""
     probabilities: dict[str, float]
     """Of every label; they sum to one."""
+
+
+class NoRoom(UserError):
+    """A prompt or conversation is so long that the model has no room for new tokens."""
 
 
 def _warn(line: str) -> None:
@@ -255,7 +260,7 @@ def _as_model(model, mesh) -> LanguageModel:
 
 def _as_list(texts, name: str) -> tuple[list[str], bool]:
     single = isinstance(texts, str)
-    if not single and not isinstance(texts, Sequence):
+    if not single and (isinstance(texts, bytes) or not isinstance(texts, Sequence)):
         raise UserError(f"{name} is {texts!r}: give a string or a list of strings")
     texts = [texts] if single else list(texts)
     for i, text in enumerate(texts):
@@ -270,14 +275,25 @@ def _as_prompts(prompts) -> tuple[list[str] | list[Conversation], bool]:
         return _as_list(prompts, "prompts")
     if isinstance(prompts[0], Mapping):
         return [prompts], True
-    if all(isinstance(prompt, Sequence) and not isinstance(prompt, str) for prompt in prompts):
+    if all(_is_talk(prompt) for prompt in prompts):
         return list(prompts), False
     return _as_list(prompts, "prompts")
 
 
-def _asked(talk: Sequence[Message], where: str) -> Sequence[Message]:
-    """A talk that an assistant can answer. Raises UserError for one that it has answered."""
-    if talk and talk[-1].role == "assistant":
+def _is_talk(prompt) -> bool:
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
+    return is_list and (not prompt or isinstance(prompt[0], Mapping))
+
+
+def _asked(prompt: Conversation, where: str) -> Sequence[Message]:
+    """The messages of a talk that an assistant can answer. Raises UserError for others."""
+    try:
+        talk = read_messages(prompt, where)
+    except BadRecord as error:
+        raise UserError(error.problem) from None
+    if not talk:
+        raise UserError(f"{where} has no messages: give at least one to answer")
+    if talk[-1].role == "assistant":
         raise UserError(f"{where} ends with the assistant's turn: leave that out to have it made")
     return talk
 
@@ -302,10 +318,8 @@ def _read(
     if target is not None:
         raise UserError(f"target={target!r} is for a translation model: leave it out")
     if chats:
-        rows = [
-            encode_prompt(tokenizer, _asked(read_messages(p, f"prompts[{i}]"), f"prompts[{i}]"))
-            for i, p in enumerate(prompts)
-        ]
+        talks = [_asked(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        rows = [encode_prompt(tokenizer, talk) for talk in talks]
     else:
         start = [*model.prefix]
         rows = [start + ids or [tokenizer.bos_id] for ids in tokenizer.encode_batch(prompts)]
@@ -314,7 +328,7 @@ def _read(
         if len(ids) >= longest:
             what = "the conversation" if chats else f"the prompt {prompt[:30]!r}..."
             remedy = "begin another, or leave out its oldest messages" if chats else "shorten it"
-            raise UserError(
+            raise NoRoom(
                 f"{what} has {len(ids)} tokens and leaves no room for new ones: the model handles "
                 f"{longest} (model.max_seq_len) in all; {remedy}"
             )

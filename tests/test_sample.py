@@ -2,6 +2,7 @@
 
 import io
 import json
+import types
 
 import pytest
 from loaded import loaded
@@ -28,6 +29,7 @@ def test_a_dash_reads_standard_input(trained_run, capsys, monkeypatch):
 def test_without_a_prompt_it_asks_until_an_empty_line(trained_run, capsys, monkeypatch):
     lines = iter(["ab", "x " * 200, "c", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(isatty=lambda: True))
     sample.main([str(trained_run), *SETTINGS])
     captured = capsys.readouterr()
     assert captured.out.startswith("ab") and "\nc" in captured.out
@@ -54,8 +56,7 @@ def run_of(monkeypatch, capsys):
     def run(task: str, *arguments: str, typed: tuple[str, ...] | None = None) -> str:
         monkeypatch.setattr(sample, "load", lambda *_, **__: loaded(task))
         if typed is not None:
-            lines = iter([*typed, ""])
-            monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+            monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in typed)))
         sample.main(["run", *arguments])
         return capsys.readouterr().out
 
@@ -116,6 +117,43 @@ def test_a_chat_remembers_what_was_said(run_of):
     assert run_of("instruction", *options, typed=("a", "b")) == f"{first}\n{second}\n"
 
 
+def test_a_chat_that_is_too_long_forgets_its_oldest_messages(run_of, capsys):
+    model, settings = loaded("instruction"), {"max_new_tokens": 4, "temperature": 0}
+    system, last = {"role": "system", "content": "dog"}, {"role": "user", "content": "a b"}
+    longest = {"role": "user", "content": "the fox " * 4}
+    answered = jaxlm.generate(model, [system, longest], **settings)
+    both = [system, longest, {"role": "assistant", "content": answered}, longest]
+    with pytest.raises(UserError, match="leaves no room"):
+        jaxlm.generate(model, both, **settings)
+    options = ["--chat", "--system=dog", "--max_new_tokens=4", "--temperature=0"]
+    made = run_of("instruction", *options, typed=(longest["content"],) * 2)
+    assert made == f"{answered}\n{answered}\n"
+    with pytest.raises(UserError, match=r"the conversation has .* leaves no room"):
+        run_of("instruction", *options, typed=(longest["content"] * 9, last["content"]))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ([[]], "prompts[0] has no messages: give at least one to answer"),
+        ([{"role": "user", "content": None}], "'content' is null, not a string: give it text"),
+        ([["a"]], "prompts[0] is ['a']: give strings"),
+    ],
+)
+def test_talks_of_another_form_are_one_sentence(prompts, words):
+    with pytest.raises(UserError) as error:
+        jaxlm.generate(loaded("instruction"), prompts)
+    assert words in str(error.value) and "data.on_bad" not in str(error.value)
+
+
+def test_lines_that_are_piped_are_answered_to_the_last_and_mistakes_end_it(run_of):
+    settings = ["--max_new_tokens=4", "--temperature=0"]
+    one, two = (run_of("language_modelling", f"--prompt={text}", *settings) for text in "ab")
+    assert run_of("language_modelling", *settings, typed=("a", "", "b")) == one + two
+    with pytest.raises(UserError, match="leaves no room"):
+        run_of("language_modelling", *settings, typed=("ab " * 200, "b"))
+
+
 def test_a_file_of_prompts_gives_json_lines(run_of, tmp_path):
     settings = {"max_new_tokens": 6, "temperature": 0}
     options = ["--max_new_tokens=6", "--temperature=0"]
@@ -154,6 +192,7 @@ def test_a_file_of_prompts_gives_json_lines(run_of, tmp_path):
         ("language_modelling", ["--prompts=a", "--prompt=b"], "leave out --prompt"),
         ("language_modelling", ["--prompts=nowhere"], "No such file"),
         ("language_modelling", ["--prompts=BAD"], "line 2 of"),
+        ("language_modelling", ["--prompts=BAD", "--out=BAD"], "is the file of --prompts"),
         ("language_modelling", ["--prompt=b", "--target=de"], "--target=de is for a translation"),
         ("language_modelling", ["--prompt=b", "--length_penalty=2"], "num_beams too"),
         ("translation", ["--prompt=b"], "de, fr: choose one by --target="),

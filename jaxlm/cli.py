@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from jaxlm.config import Config
 from jaxlm.data_config import DROPOUT
-from jaxlm.errors import NonFiniteError, UserError, nearest
+from jaxlm.errors import NonFiniteError, UserError, nearest, show
 from jaxlm.mistakes import dataclass_in, is_union, leaves, nearest_key, origins, sentence_of
 from jaxlm.model_config import ModelConfig
 from jaxlm.presets import PRESETS
@@ -166,7 +166,9 @@ def build_config(
     for layer in (file, overrides):
         if not isinstance(layer.get("model", {}), dict):
             where = f" ({in_source})" if source else ""
-            raise UserError(f"model={layer['model']!r}{where}: give its fields, one a line")
+            raise UserError(
+                f"model={show(layer['model'])}{where}: give its fields, one a line, indented"
+            )
     in_file, in_line = file.get("model", {}), overrides.get("model", {})
     default = ModelConfig.__dataclass_fields__["preset"].default
     preset = in_line.get("preset", in_file.get("preset", default))

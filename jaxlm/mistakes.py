@@ -22,6 +22,9 @@ def sentence_of(errors: list[dict]) -> str:
     sections = sorted({k.rpartition(".")[0] for k in keys} - {""})
     key, value = ".".join(path), error["input"]
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if "." in path[-1]:
+            section, _, name = path[-1].rpartition(".")
+            return f"unknown key {key!r}: in a file {name} stands below {section}:, indented"
         return f"unknown key {key!r}{nearest_key(key, keys + sections)}"
     key = key if key in keys else max((k for k in keys if key.startswith(k)), key=len, default=key)
     if error["type"] == "literal_error":
@@ -64,7 +67,9 @@ def origins(sentence: str, layers: Sequence[tuple[str, dict]]) -> str:
 
 
 def _has(layer: object, key: str) -> bool:
-    """Whether a layer has a value for a dotted key."""
+    """Whether a layer has a value for a dotted key, or the key as it is."""
+    if isinstance(layer, dict) and key in layer:
+        return True
     for name in key.split("."):
         if not isinstance(layer, dict) or name not in layer:
             return False

@@ -126,7 +126,7 @@ def claim(run: Path, config: Config, prepared: Prepared) -> None:
         "valid": [file.digest for file in prepared.valid],
     }
     check_unchanged(run, config)
-    if _has_begun(run):
+    if has_begun(run):
         try:
             before = json.loads((run / DATA).read_text(encoding="utf-8"))
             changed = [name for name in data if before[name] != data[name]]
@@ -181,11 +181,12 @@ def check_unchanged(run: Path, config: Config) -> None:
 
     What only data settle is compared once they have.
     """
-    if not _has_begun(run):
+    if not has_begun(run):
         return
-    if not read_yaml(run / CONFIG):
+    if not (run / CONFIG).exists() or not read_yaml(run / CONFIG):
         raise UserError(
-            f"{run / CONFIG} is empty, as no run leaves it: restore it, from a step folder for one"
+            f"{run / CONFIG} is missing or empty, as no run leaves it: restore it, from a step "
+            "folder for one"
         )
     old, new = flatten(read_config(run / CONFIG)), flatten(config)
     new |= {key: old[key] for key in ("model.labels", "model.vocab_size") if new[key] is None}
@@ -214,7 +215,7 @@ def held(run: Path, config: Config, group: Group):
         def lock_and_look():
             stack.enter_context(locked(run))
             check_unchanged(run, config)
-            if not _has_begun(run):
+            if not has_begun(run):
                 _check_learnt(config)
 
         group.from_first(lock_and_look)
@@ -293,7 +294,7 @@ def locked(run: Path):
         try:
             yield
         except (UserError, KeyboardInterrupt):
-            if not _has_begun(run):
+            if not has_begun(run):
                 _withdraw(run, kept, made)
             raise
 
@@ -310,7 +311,7 @@ def _withdraw(run: Path, kept: set[Path], made: list[Path]) -> None:
             folder.rmdir()
 
 
-def _has_begun(run: Path) -> bool:
+def has_begun(run: Path) -> bool:
     """Whether there is anything of the run that another one could spoil."""
     metrics = run / "metrics.jsonl"
     return bool(complete_steps(run)) or (metrics.exists() and metrics.stat().st_size > 0)

@@ -39,7 +39,7 @@ from jaxlm.monitor import Display, Meter, MetricsLog, NoLog
 from jaxlm.optim import learning_rate, make_optimizer, stretched
 from jaxlm.processes import Group, find_launch, hush_gloo, joined
 from jaxlm.profiling import Profile
-from jaxlm.run_folder import claim_together, held, is_done, with_found
+from jaxlm.run_folder import claim_together, has_begun, held, is_done, with_found
 from jaxlm.step import TrainState, build_model, build_program, micro_batches
 from jaxlm.tasks.batch import Batch
 from jaxlm.tasks.build import check_text_field, make_form, say_what_is_shared
@@ -274,6 +274,8 @@ class Trainer:
         # One process looks at the bytes, and all use what it found.
         step = self.group.from_first(lambda: latest_sound(self.run_folder, say), math.inf)
         if step is None:
+            if has_begun(self.run_folder):
+                say(f"{self.run_folder} has no complete checkpoint: starting again at step 1")
             return None
         saved, folder = self.program.saved, step_folder(self.run_folder, step)
         before, total = read_config(folder / CONFIG).train.steps, self.config.train.steps

@@ -8,6 +8,13 @@ import yaml
 
 from jaxlm.errors import UserError, nearest_path
 
+# What PyYAML says of a mistake, and what would be right.
+HINTS = {
+    r"'\t'": "; indent by spaces",
+    "mapping values": "; keys of one section have the same indentation, and text with ': ' quotes",
+    "another document": "; leave out the line ---",
+}
+
 
 def read_yaml(path: Path) -> dict:
     """A YAML mapping; empty for an empty file. Raises UserError."""
@@ -16,14 +23,21 @@ def read_yaml(path: Path) -> dict:
     except FileNotFoundError:
         near = nearest_path(path, "*.yaml")
         raise UserError(f"config file {path} does not exist{near}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"config file {path} is not UTF-8 (byte {error.start}): convert it first"
+        ) from None
     try:
         content = yaml.load(text, Loader=Loader)
         json.dumps(content, default=str)  # refuses what a config cannot hold: dates as keys, cycles
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"config file {path} is not valid YAML{line}: {error.problem}") from None
+        hint = next((hint for words, hint in HINTS.items() if words in error.problem), "")
+        raise UserError(
+            f"config file {path} is not valid YAML{line}: {error.problem}{hint}"
+        ) from None
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"config file {path} holds what a config cannot: {error}") from None
     if content is None:

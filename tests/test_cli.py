@@ -202,6 +202,11 @@ BAD_FILES = {
     "train: {stepps: 3}\n": ["'train.stepps'", "did you mean 'train.steps'", "run.yaml"],
     "train: {steps: -3}\n": ["train.steps=-3", "run.yaml"],
     "train:\n": ["train=null", "run.yaml"],
+    "model:\nd_model: 64\n": ["model=null (in ", "run.yaml", "one a line, indented"],
+    "model.d_model: 64\n": ["'model.d_model': in a file d_model stands below model:", "run.yaml"],
+    "model:\n\td_model: 64\n": ["run.yaml", "in line 2", "indent by spaces"],
+    "model:\n  d_model: 64\n   d_ff: 2\n": ["in line 3", "have the same indentation"],
+    "seed: 1\n---\nseed: 2\n": ["in line 2", "leave out the line ---"],
     "optim: {name: sgd, beta1: 0.5}\n": ["optim.beta1=0.5 has no effect", "run.yaml"],
     "model: {? [a]: 1}\n": ["run.yaml"],
 }

@@ -20,7 +20,7 @@ from jaxlm.cli import parse_config, read_config
 from jaxlm.data_config import DataConfig
 from jaxlm.errors import NonFiniteError, UserError
 from jaxlm.monitor import read_metrics
-from jaxlm.processes import Group
+from jaxlm.processes import ALONE, Group
 from jaxlm.run_folder import check_unchanged
 from jaxlm.tasks.batch import Batch
 from jaxlm.tasks.build import say_what_is_shared
@@ -225,11 +225,23 @@ def test_a_damaged_note_of_the_data_is_one_sentence(arguments, trained_run, tmp_
         train.main(arguments(train__steps=61))
 
 
-def test_an_emptied_config_of_a_run_is_one_sentence(arguments, trained_run, tmp_path):
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_lost_config_of_a_run_is_one_sentence(arguments, trained_run, tmp_path, is_there):
     shutil.copytree(trained_run, tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").write_text("")
-    with pytest.raises(UserError, match=r"config\.yaml is empty, as no run leaves it"):
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text("") if is_there else file.unlink()
+    with pytest.raises(UserError, match=r"config\.yaml is missing or empty, as no run leaves it"):
         train.main(arguments(train__steps=61))
+
+
+def test_a_run_that_starts_again_says_so(trained_run, tmp_path):
+    for log, count in (("", 0), ((trained_run / "metrics.jsonl").read_text(), 1)):
+        (tmp_path / "metrics.jsonl").write_text(log)
+        said = []
+        run = types.SimpleNamespace(group=ALONE, run_folder=tmp_path)
+        assert train.Trainer._restore(run, said.append) is None
+        line = f"{tmp_path} has no complete checkpoint: starting again at step 1"
+        assert said == [line] * count
 
 
 def test_two_trainers_cannot_share_a_folder(arguments, tmp_path):

@@ -261,7 +261,8 @@ def test_skipped_documents_are_counted(run, tmp_path):
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     for _ in range(2):
         assert run(str(folder)).train[0].num_skipped == 1
-        assert ", 1 document skipped as invalid UTF-8" in run.lines[0]
+        words = ", 1 document skipped as invalid UTF-8 or null (the first: "
+        assert words in run.lines[0] and "picture.png: byte 0 is not valid UTF-8" in run.lines[0]
     with pytest.raises(UserError, match=r"picture\.png: byte 0 is not valid UTF-8"):
         run(str(folder), on_bad="error")
 

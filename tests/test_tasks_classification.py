@@ -1,6 +1,7 @@
 """Classification: labels, where they stand, truncation, class weights."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -79,14 +80,25 @@ def test_the_label_stands_where_the_head_reads(run, tmp_path, model, at_last):
 
 def test_long_texts_are_cut_and_said(run, tmp_path):
     lines = [*rows(20), ("neutral", "7" * 60)]
+    found = Counter(label for label, _ in lines)
     prepared = run(write(tmp_path / "a.tsv", lines), valid=write(tmp_path / "v.tsv", lines[:4]))
     assert (len(prepared.train[0]), prepared.train[0].num_cut) == (21, 1)
-    assert ", 1 cut to 48 tokens, " in run.lines[1]
+    names = ", ".join(f"{name} {found[name]}" for name in in_order({*found}))
+    assert run.lines[0] == f"{len(found)} labels: {names}"
+    assert ", 1 cut to 48 tokens, " in run.lines[2]
     ((ids, cut), (short, whole)) = encode_texts(
         prepared.tokenizer, ["a" * 99, "a"], 10, prepared.tokenizer.ends
     )
     assert (len(ids), ids[-1], cut, whole) == (10, prepared.tokenizer.eos_id, True, False)
     assert len(short) < 10
+
+
+def test_utf_16_is_one_sentence(run, tmp_path):
+    for encoding in ("utf-16-le", "utf-16-be"):
+        file = tmp_path / f"{encoding}.tsv"
+        file.write_bytes(("\ufeff" + "positive\tgood\n" * 9).encode(encoding))
+        with pytest.raises(UserError, match=r"\.tsv begins as UTF-16 does: convert it to UTF-8"):
+            run(str(file))
 
 
 def test_labels_have_an_order():

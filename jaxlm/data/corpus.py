@@ -114,7 +114,9 @@ class _Preparation:
 
     def run(self) -> Prepared:
         if self.form.names is None:
-            self.form = self.form.with_names(self._name_counts())
+            found = self._name_counts()
+            self.form = self.form.with_names(found)
+            self.report(self.form.names_line(found))
         tokenizer = self.form.tokenizer(self._tokenizer())
         dropout = self.tokenizer_config.dropout
         train = [self._files(origin, self.below, tokenizer, dropout) for origin in self.train]
@@ -185,9 +187,7 @@ class _Preparation:
             try:
                 return json.loads((folder / "names.json").read_bytes())
             except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{folder}/names.json is damaged: prepare the data again"
-                ) from error
+                raise UserError(f"{folder}/names.json is damaged: remove it") from error
 
         key = cache_key("name-counts", self._facts(self.train))
         return cached(self.cache / key, opened, make, self.report)
@@ -260,7 +260,7 @@ class _Preparation:
         def make(folder: Path) -> None:
             nonlocal how
             start = time.monotonic()
-            kept, held_out = writers = [form.writer(path, tokenizer) for path in _parts(folder)]
+            writers = [form.writer(path, tokenizer) for path in _parts(folder)]
             try:
                 with progress(f"tokenizing {origin.spec}", report) as advance:
                     for encoder, sides in self._passes(tokenizer, dropout):
@@ -272,8 +272,8 @@ class _Preparation:
                             if is_held_out in sides:
                                 writers[is_held_out].add(item.content, item.num_bytes)
                                 advance(item.num_bytes)
-                kept.finish(num_skipped=counts.skipped, source=origin.spec, **facts)
-                held_out.finish(num_skipped=0, source=origin.spec, **facts)
+                for writer, bad in zip(writers, (counts, Counts()), strict=True):
+                    writer.finish(**bad.facts, source=origin.spec, **facts)
             finally:
                 for writer in writers:
                     writer.close()

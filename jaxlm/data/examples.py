@@ -49,6 +49,7 @@ class ExampleFile:
             sides.
         num_skipped, num_dropped, num_cut: records left out as bad; examples left out, or
             truncated, for their length.
+        first_skipped: what is wrong with the first of those, None where nobody noted it.
         digest: a hash of all values in their order.
         manifest: all that was recorded about how the file came to be.
     """
@@ -62,6 +63,7 @@ class ExampleFile:
             self.num_examples: int = manifest["num_examples"]
             self.num_bytes: int = manifest["num_bytes"]
             self.num_skipped: int = manifest["num_skipped"]
+            self.first_skipped: str | None = manifest.get("first_skipped")
             self.num_dropped: int = manifest["num_dropped"]
             self.num_cut: int = manifest["num_cut"]
             self.digest: str = manifest["digest"]

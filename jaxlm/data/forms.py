@@ -22,6 +22,8 @@ from jaxlm.data_config import DataConfig
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 
+MOST_NAMES = 12  # that a line shows
+
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
@@ -121,6 +123,11 @@ class Form(ABC):
     def summary(self, kept: Any, held_out: Any, how: str) -> str:
         """A line that says what a source came to."""
 
+    def skipped(self, file: Any) -> str:
+        """How many items of a file were left out as bad, and where the first of them is."""
+        first = f" (the first: {file.first_skipped})" if file.first_skipped else ""
+        return f"{counted(file.num_skipped, self.item)} skipped as {self.bad}{first}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Documents(Form):
@@ -174,8 +181,7 @@ class Documents(Form):
             tokens = f"{held_out.num_tokens:,} tokens"
             summary += f", {counted(len(held_out), 'document')} ({tokens}) held out"
         if kept.num_skipped:
-            skipped = counted(kept.num_skipped, "document")
-            summary += f", {skipped} skipped as {self.bad}"
+            summary += f", {self.skipped(kept)}"
         return summary
 
 
@@ -246,8 +252,7 @@ class Examples(Form):
         if cut := sum(file.num_cut for file in files):
             parts.append(f"{cut:,} cut to {self.seq_len} tokens")
         if kept.num_skipped:
-            skipped = counted(kept.num_skipped, "record")
-            parts.append(f"{skipped} skipped as {self.bad}")
+            parts.append(self.skipped(kept))
         padding = (f"{share:.1%} ({side})" for side, share in self._by_side(kept.padding))
         parts.append(f"{counted(len(kept.rows) - 1, 'row')}, padding {', '.join(padding)}")
         return ", ".join(parts)
@@ -261,6 +266,9 @@ class Examples(Form):
 class NamedExamples(Examples):
     """Examples with labels or languages, which a config may leave to be found."""
 
+    name: ClassVar[str]
+    """What one of them is called."""
+
     @abstractmethod
     def name_of(self, item: Any) -> str:
         """An item's label or language."""
@@ -271,6 +279,12 @@ class NamedExamples(Examples):
 
         Raises UserError for names that cannot be meant.
         """
+
+    def names_line(self, found: Mapping[str, int]) -> str:
+        """How many items have each name, of very many the first."""
+        names = [f"{name} {found[name]:,}" for name in self.names[:MOST_NAMES]]
+        more = ", ..." if len(self.names) > MOST_NAMES else ""
+        return f"{counted(len(self.names), self.name)}: {', '.join(names)}{more}"
 
 
 def counted(count: int, noun: str) -> str:

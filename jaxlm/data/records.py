@@ -46,6 +46,11 @@ class Counts:
     first: str | None = None
     """The `problem` of the first of them."""
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a manifest keeps of it."""
+        return {"num_skipped": self.skipped, "first_skipped": self.first}
+
 
 @dataclass(frozen=True)
 class Column:
@@ -198,6 +203,8 @@ def _lines(path: Path) -> Iterator[tuple[bytes, str, int]]:
                     f"{where} is longer than {MAX_LINE_BYTES >> 20} MiB: a file of this kind has "
                     "one record a line"
                 )
+            if start == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise UserError(f"{path} begins as UTF-16 does: convert it to UTF-8")
             if line.strip():
                 yield line, where, start
             start += len(line)

@@ -37,7 +37,8 @@ class TokenFile:
             `tokens[offsets[d]:offsets[d + 1]]`.
         num_tokens, num_documents: with the BOS and EOS of each document.
         num_bytes: UTF-8 bytes of the text.
-        num_skipped: documents left out for invalid UTF-8.
+        num_skipped, first_skipped: documents left out for invalid UTF-8; what is wrong with the
+            first of them, None where nobody noted it.
         digest: a hash of all tokens in their order.
         manifest: all that was recorded about how the file came to be.
     """
@@ -51,6 +52,7 @@ class TokenFile:
             self.num_documents: int = manifest["num_documents"]
             self.num_bytes: int = manifest["num_bytes"]
             self.num_skipped: int = manifest["num_skipped"]
+            self.first_skipped: str | None = manifest.get("first_skipped")
             self.digest: str = manifest["digest"]
             dtype = np.dtype(manifest["dtype"])
         except (KeyError, TypeError) as error:

@@ -40,6 +40,8 @@ class Classification(NamedExamples):
     weight 1; the others have weight 0.
     """
 
+    name = "label"
+
     at_last: bool
     """Whether the head reads the last token, not the first."""
     learns_names: bool = False

@@ -36,6 +36,8 @@ class Translation(NamedExamples):
     which a side is too long for a row are left out.
     """
 
+    name = "language"
+
     source_len: int
     """Tokens on the source side of a row."""
 

@@ -1,5 +1,8 @@
 """`python -m jaxlm`: which commands there are."""
 
+import importlib.metadata
+import platform
+
 from jaxlm.cli import run_command
 from jaxlm.errors import UserError
 
@@ -15,7 +18,11 @@ COMMANDS = {
 
 
 def main(argv: list[str]) -> None:
-    """Print a line for each command. Raises UserError for arguments."""
+    """Print a line for each command, or the version. Raises UserError for other arguments."""
+    if argv == ["--version"]:
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jaxlm", "jax")]
+        print(", ".join([*versions, f"Python {platform.python_version()}"]))
+        return
     others = [word for word in argv if word not in ("--help", "-h")]
     if others:
         raise UserError(
@@ -24,7 +31,7 @@ def main(argv: list[str]) -> None:
         )
     for name, what in COMMANDS.items():
         print(f"python -m jaxlm.{name:<9} {what}")
-    print("Each has --help.")
+    print("Each has --help. python -m jaxlm --version names what runs here.")
 
 
 if __name__ == "__main__":

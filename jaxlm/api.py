@@ -1,6 +1,7 @@
 """Models from one's own code: `load` and `export_checkpoint`; what they do is in `texts`."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,6 +130,8 @@ def export_checkpoint(
     installed or `skip_verification` is set. Raises UserError where it cannot be written, and,
     leaving nothing behind, where it computes something else there.
     """
+    if not isinstance(out, str | os.PathLike):
+        raise UserError(f"out={out!r} is no folder: give the path of a new one")
     out = Path(out).expanduser()
     check_target(to, dtype, out, family, shard_gb)
     folder = model

@@ -24,7 +24,7 @@ from jaxlm.config import Config
 from jaxlm.decode import build_decode_program
 from jaxlm.decode_ngram import NgramProgram
 from jaxlm.decode_params import as_computed
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, show
 from jaxlm.export.huggingface import (
     is_model_folder,
     read_model_config,
@@ -44,6 +44,9 @@ from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
 # Rows of what is fine-tuned are not as long as a model's context unless the user says so.
 MOST_TOKENS = 1024
+# What a model's parameters have their shapes by.
+SHAPES = ("kind", "d_model", "num_layers", "encoder_layers", "num_heads", "num_kv_heads")
+SHAPES += ("head_dim", "d_ff", "mlp", "positions", "vocab_size", "tie_embeddings", "experts")
 FACTS = ("step", "tokens", "valid_loss", "valid_perplexity", "valid_bits_per_byte")
 
 
@@ -151,6 +154,7 @@ def start_params(
     known = {name: part for name, part in layout.exact.items() if name != new}
     if new and is_model_folder(folder) and own.model.pooler and model.config.pooler:
         known[new] = {POOLER: layout.exact[new][POOLER]}
+    _check_like(folder, own.model, model.config, known)
     params = _read(folder, model.config, known)
     added = ""
     if new is not None:
@@ -168,6 +172,25 @@ def start_params(
     count = sum(leaf.size for leaf in jax.tree.leaves(known))
     say(f"init_from: {count:,} parameters from {folder}{added}")
     return layout.to_stored(params)
+
+
+def _check_like(folder: Path, own: ModelConfig, wanted: ModelConfig, known: dict) -> None:
+    """Raise UserError where `known`, of a model that is `wanted`, has not the folder's shapes."""
+    theirs = split_boxes(param_shapes(own))[0]
+    ours, theirs = (
+        jax.tree.map(lambda leaf: leaf.shape, {name: tree[name] for name in known if name in tree})
+        for tree in (known, theirs)
+    )
+    learned = ("max_seq_len",) if own.positions == "learned" else ()
+    differences = ", ".join(
+        f"model.{name}={show(there)} there, {show(here)} now"
+        for name in SHAPES + learned
+        if (there := getattr(own, name)) != (here := getattr(wanted, name))
+    )
+    if differences and ours != theirs:
+        raise UserError(
+            f"init_from={folder} holds a model of other sizes ({differences}): leave that out"
+        )
 
 
 def _layout(model, mesh: Mesh) -> Layout:

@@ -25,6 +25,7 @@ from jaxlm.tasks.translation import reference_pairs
 GREEDY = Sampling(temperature=0.0)
 TEXTS_AT_ONCE = 64
 OPENING = 9  # tokens of a text, with the one that begins it
+SHOWN = 200  # characters of a text
 # What configs/sentiment-finetune.yaml has, for where it is not at hand.
 FINE_TUNING = (
     "--task=classification --model.dropout=0.3 --optim.name=muon --optim.learning_rate=2e-3 "
@@ -165,6 +166,11 @@ def prompt_option(text: str) -> str:
     return f"--prompt={shlex.quote((text.strip() or 'The').splitlines()[0])}"
 
 
+def _short(text: str) -> str:
+    """A text that fits a few lines: what is not yet learnt may go on and on."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def opening(batch: Batch) -> list[int]:
     """How a batch's first text begins: what is before its first target or, of a text whose every
     token is one, a few tokens.
@@ -208,7 +214,7 @@ class TranslationValidation(Validation):
             f"{len(texts)} texts translated greedily"
         )
         source = self._tokenizer.decode(self._pairs[0].source)
-        return metrics, [line, f"  sample: {source!r} -> {texts[0]!r}"]
+        return metrics, [line, f"  sample: {_short(source)!r} -> {_short(texts[0])!r}"]
 
     def _translate(self, params, moved) -> list[str]:
         params, texts = self._decoder.prepare(params), []

@@ -220,6 +220,8 @@ def test_paths_that_hold_no_run_are_one_sentence(trained_run, tmp_path):
         jaxlm.load(trained_run, mesh="tp4")
     with pytest.raises(jaxlm.UserError, match="float16"):
         jaxlm.load(trained_run, dtype="float16")
+    with pytest.raises(jaxlm.UserError, match="out=None is no folder"):
+        jaxlm.export_checkpoint(trained_run, out=None)
 
 
 def test_a_tiny_temperature_is_greedy_and_a_huge_limit_ends_at_the_longest_text(model):

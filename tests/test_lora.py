@@ -304,6 +304,20 @@ def test_a_base_that_moved_or_changed_is_one_sentence(lora_run, base, build, tmp
         hidden.rename(base)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_layers": 3}, "model.num_layers=2 there, 3 now"),
+        ({"d_ff": 96, "tie_embeddings": False}, "model.d_ff=64 there, 96 now, model.tie_emb"),
+    ],
+)
+def test_a_start_of_other_sizes_is_one_sentence(base, fields, words):
+    config = read_config(find_model(base) / "config.yaml").model
+    model = make_model(dataclasses.replace(config, **fields))
+    with pytest.raises(UserError, match=rf"init_from=.* of other sizes \({words}.*leave that out"):
+        start_params(base, model, make_mesh("dp1"), seed=0)
+
+
 # -- what is new ----------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxlm
@@ -19,5 +20,8 @@ def test_every_command_has_a_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     for name, line in zip([*COMMANDS, "help"], lines, strict=True):
         assert name in line
+    main(["--version"])
+    versions = f"jaxlm {jaxlm.__version__}, jax {jax.__version__}, Python 3."
+    assert capsys.readouterr().out.startswith(versions)
     with pytest.raises(UserError, match=r"takes no 'train': .* python -m jaxlm\.train$"):
         main(["train"])

@@ -25,7 +25,7 @@ from jaxlm.run_folder import check_unchanged
 from jaxlm.tasks.batch import Batch
 from jaxlm.tasks.build import say_what_is_shared
 from jaxlm.tasks.translation import ReferencePair
-from jaxlm.validation import MaskedValidation, TranslationValidation, opening
+from jaxlm.validation import MaskedValidation, TranslationValidation, _short, opening
 
 
 @pytest.fixture
@@ -87,6 +87,11 @@ def test_the_command_to_try_is_a_short_validation_text_and_its_language(names, t
     )
     command = TranslationValidation.suggestion(validation, "runs/x")
     assert command == f"python -m jaxlm.sample runs/x {target}--prompt='a text.'"
+
+
+def test_what_goes_on_and_on_is_shown_in_part():
+    assert _short("a" * 200) == "a" * 200
+    assert _short("a" * 201) == "a" * 200 + "..."
 
 
 def test_help_names_what_a_model_is_trained_for(capsys):

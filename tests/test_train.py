@@ -180,7 +180,7 @@ def test_what_cannot_be_is_one_sentence(arguments, trained_run, corpus, tmp_path
         "another tokenizer": {"init_from": trained_run, "tokenizer__vocab_size": 310},
         "also in --config": {"init_from": trained_run, "tokenizer__vocab_size": 330},
         "less than the tokenizer's 320": {"model__vocab_size": 310},
-        "layers/attention": {"init_from": trained_run, "model__d_ff": 128, "model__num_layers": 3},
+        "num_layers=2 there, 3": {"init_from": trained_run, "model__num_layers": 3},
         "cannot be made": {"out": corpus / "000.txt" / "run"},
         "data.text_field='body' has no effect, because plain": {"data__text_field": "body"},
         "no such file or folder": {"data__train": tmp_path / "nowhere"},

@@ -44,9 +44,9 @@ from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
 # Rows of what is fine-tuned are not as long as a model's context unless the user says so.
 MOST_TOKENS = 1024
-# What a model's parameters have their shapes by.
-SHAPES = ("kind", "d_model", "num_layers", "encoder_layers", "num_heads", "num_kv_heads")
-SHAPES += ("head_dim", "d_ff", "mlp", "positions", "vocab_size", "tie_embeddings", "experts")
+# What the shapes of a model's parameters follow from, beside `max_seq_len` of learned positions.
+SIZES = ("d_model", "num_layers", "encoder_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff")
+SIZES += ("vocab_size", "experts")
 FACTS = ("step", "tokens", "valid_loss", "valid_perplexity", "valid_bits_per_byte")
 
 
@@ -154,7 +154,7 @@ def start_params(
     known = {name: part for name, part in layout.exact.items() if name != new}
     if new and is_model_folder(folder) and own.model.pooler and model.config.pooler:
         known[new] = {POOLER: layout.exact[new][POOLER]}
-    _check_like(folder, own.model, model.config, known)
+    _check_sizes(folder, own.model, model.config, known)
     params = _read(folder, model.config, known)
     added = ""
     if new is not None:
@@ -174,20 +174,20 @@ def start_params(
     return layout.to_stored(params)
 
 
-def _check_like(folder: Path, own: ModelConfig, wanted: ModelConfig, known: dict) -> None:
-    """Raise UserError where `known`, of a model that is `wanted`, has not the folder's shapes."""
-    theirs = split_boxes(param_shapes(own))[0]
+def _check_sizes(folder: Path, own: ModelConfig, wanted: ModelConfig, known: dict) -> None:
+    """Raise UserError where a parameter in `known`, of the model that is wanted, has another shape
+    in the folder's own."""
     ours, theirs = (
-        jax.tree.map(lambda leaf: leaf.shape, {name: tree[name] for name in known if name in tree})
-        for tree in (known, theirs)
+        {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (known, split_boxes(param_shapes(own))[0])
     )
-    learned = ("max_seq_len",) if own.positions == "learned" else ()
+    sizes = (*SIZES, "max_seq_len") if own.positions == "learned" else SIZES
     differences = ", ".join(
         f"model.{name}={show(there)} there, {show(here)} now"
-        for name in SHAPES + learned
+        for name in sizes
         if (there := getattr(own, name)) != (here := getattr(wanted, name))
     )
-    if differences and ours != theirs:
+    if differences and any(theirs.get(name, shape) != shape for name, shape in ours.items()):
         raise UserError(
             f"init_from={folder} holds a model of other sizes ({differences}): leave that out"
         )

@@ -22,8 +22,8 @@ def sentence_of(errors: list[dict]) -> str:
     sections = sorted({k.rpartition(".")[0] for k in keys} - {""})
     key, value = ".".join(path), error["input"]
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        if "." in path[-1]:
-            section, _, name = path[-1].rpartition(".")
+        if key in keys:  # in one piece
+            section, _, name = key.rpartition(".")
             return f"unknown key {key!r}: in a file {name} stands below {section}:, indented"
         return f"unknown key {key!r}{nearest_key(key, keys + sections)}"
     key = key if key in keys else max((k for k in keys if key.startswith(k)), key=len, default=key)

@@ -57,9 +57,10 @@ def _check_options(asked: dict, chats: bool) -> None:
     for option, given, other, there in needs:
         if given and not there:
             raise UserError(f"{option} has no effect without {other}: give both or none")
-    files = [Path(asked[name] or "").expanduser().resolve() for name in ("out", "prompts")]
-    if asked["out"] is not None and files[0] == files[1]:
-        raise UserError(f"--out={asked['out']} is the file of --prompts: give another")
+    if asked["out"] is not None:
+        out, prompts = (Path(asked[name]).expanduser().resolve() for name in ("out", "prompts"))
+        if out == prompts:
+            raise UserError(f"--out={asked['out']} is the file of --prompts: give another")
     if asked["prompts"] is not None and (chats or asked["prompt"] is not None):
         other = "--chat" if chats else "--prompt"
         raise UserError(f"--prompts answers a whole file: leave out {other}, or --prompts")
@@ -142,28 +143,24 @@ class _Chat:
 
     def __init__(self, model: LanguageModel, system: str | None, settings: dict):
         self._model, self._settings = model, settings
-        self._said = [] if system is None else [{"role": "system", "content": system}]
+        self._system = [] if system is None else [{"role": "system", "content": system}]
+        self._said: list[dict] = []  # questions and answers in turn
 
     def __call__(self, text: str) -> None:
-        asked = [*self._said, {"role": "user", "content": text}]
-        pieces = self._pieces(asked)
-        self._said = [*asked, {"role": "assistant", "content": _print(pieces)}]
-
-    def _pieces(self, asked: list[dict]) -> Iterator[str]:
-        """The answer, without the oldest questions and answers, which it deletes, if need be."""
-        count = len(asked)
-        oldest = int(asked[0]["role"] == "system")
-        while True:
+        question = {"role": "user", "content": text}
+        # Where there is no room for all that was said, without the oldest.
+        for first in range(0, len(self._said) + 1, 2):
+            asked = [*self._system, *self._said[first:], question]
             try:
                 pieces = _pieces(self._model, asked, self._settings)
                 break
             except NoRoom:
-                if len(asked) < oldest + 3:
+                if first == len(self._said):
                     raise
-                del asked[oldest : oldest + 2]
-        if len(asked) < count:
+        if first:
             _say("(the oldest messages are left out: the model has no room for all)")
-        return pieces
+        answer = {"role": "assistant", "content": _print(pieces)}
+        self._said = [*self._said[first:], question, answer]
 
 
 def _say(line: str) -> None:

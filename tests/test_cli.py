@@ -204,6 +204,7 @@ BAD_FILES = {
     "train:\n": ["train=null", "run.yaml"],
     "model:\nd_model: 64\n": ["model=null (in ", "run.yaml", "one a line, indented"],
     "model.d_model: 64\n": ["'model.d_model': in a file d_model stands below model:", "run.yaml"],
+    "modl.d_model: 64\n": ["unknown key 'modl.d_model'; did you mean 'model.d_model'"],
     "model:\n\td_model: 64\n": ["run.yaml", "in line 2", "indent by spaces"],
     "model:\n  d_model: 64\n   d_ff: 2\n": ["in line 3", "have the same indentation"],
     "seed: 1\n---\nseed: 2\n": ["in line 2", "leave out the line ---"],
@@ -316,7 +317,8 @@ def test_interrupted_while_it_starts_a_command_says_nothing(seconds, tmp_path):
         text=True,
     )
     # Before jaxlm is imported it is Python that answers.
-    while "jaxlib" not in Path(f"/proc/{process.pid}/maps").read_text():
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "jaxlib" not in maps.read_text() and process.poll() is None:
         time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)

@@ -308,7 +308,7 @@ def test_a_base_that_moved_or_changed_is_one_sentence(lora_run, base, build, tmp
     ("fields", "words"),
     [
         ({"num_layers": 3}, "model.num_layers=2 there, 3 now"),
-        ({"d_ff": 96, "tie_embeddings": False}, "model.d_ff=64 there, 96 now, model.tie_emb"),
+        ({"d_ff": 96, "num_kv_heads": 1}, "model.num_kv_heads=2 there, 1 now, model.d_ff=64 there"),
     ],
 )
 def test_a_start_of_other_sizes_is_one_sentence(base, fields, words):

@@ -260,7 +260,7 @@ class _Preparation:
         def make(folder: Path) -> None:
             nonlocal how
             start = time.monotonic()
-            writers = [form.writer(path, tokenizer) for path in _parts(folder)]
+            kept, held_out = writers = [form.writer(path, tokenizer) for path in _parts(folder)]
             try:
                 with progress(f"tokenizing {origin.spec}", report) as advance:
                     for encoder, sides in self._passes(tokenizer, dropout):
@@ -272,8 +272,8 @@ class _Preparation:
                             if is_held_out in sides:
                                 writers[is_held_out].add(item.content, item.num_bytes)
                                 advance(item.num_bytes)
-                for writer, bad in zip(writers, (counts, Counts()), strict=True):
-                    writer.finish(**bad.facts, source=origin.spec, **facts)
+                kept.finish(**counts.facts, source=origin.spec, **facts)
+                held_out.finish(**Counts().facts, source=origin.spec, **facts)
             finally:
                 for writer in writers:
                     writer.close()
